@@ -1,0 +1,210 @@
+"""Which level of detail every tile gets, so that relevance is served within a token budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from numbers import Integral, Real
+from operator import truediv
+
+import torch
+from torch import Tensor
+
+from arrcoc.config import Config
+from arrcoc.errors import BudgetError
+from arrcoc.records import Grid, Layout, Lod, Plan, Relevance, Tensions
+
+
+def resolve_budget(budget: int | float | None, grid: Grid, config: Config) -> int:
+    """The budget of a request, in tokens.
+
+    Args:
+        budget: a float in (0, 1] is a share of full resolution, floor(share * R*C*S**2); an int is a number
+            of tokens, so 1.0 is everything and 1 is one token; None takes `config.budget`.
+        grid: the tile grid.
+        config: sides, LOD bounds and layout.
+
+    Raises:
+        BudgetError: not a finite number, not positive, above full resolution, or below the least that the
+            configuration can do: every tile at `min_lod`, and in `refine` and `crops` the glimpse.
+    """
+    asked = config.budget if budget is None else budget
+    full, least = full_tokens(grid, config), least_tokens(grid, config)
+    if least > full:
+        raise BudgetError(
+            f"min_lod {config.min_lod} with layout {config.layout.value} takes {least} tokens",
+            f"at most {full} tokens, the whole image at LOD high",
+            "Lower min_lod, or use layout replace",
+        )
+    tokens = _as_tokens(asked, full)
+    if tokens is None or not least <= tokens <= full:
+        meaning = "" if tokens is None or not isinstance(asked, float) else f", which is {tokens} tokens"
+        raise BudgetError(
+            f"budget {asked!r}{meaning}",
+            f"{least} to {full} tokens as an int, or {_share(least, full):.4g} to 1.0 of all as a float",
+            "Choose a budget within these limits",
+        )
+    return tokens
+
+
+def full_tokens(grid: Grid, config: Config) -> int:
+    """Tokens of the whole frame at LOD high, R*C*S**2: what the stock image takes."""
+    return grid.count * config.sides[Lod.HIGH] ** 2
+
+
+def least_tokens(grid: Grid, config: Config) -> int:
+    """Tokens below which no plan exists: every tile at `min_lod`, and the glimpse where the layout has one.
+
+    Where that would exceed full resolution but the plan may be all high instead, it is `full_tokens`.
+    """
+    floor = _count_tokens([config.min_lod] * grid.count, config, _has_glimpse(config))
+    may_be_whole = config.mode == "budget" or config.min_lod == Lod.HIGH
+    if may_be_whole and _may_be_all_high([config.max_lod] * grid.count, config):
+        return min(floor, full_tokens(grid, config))
+    return floor
+
+
+def plan(relevance: Relevance, grid: Grid, config: Config, budget: int) -> Plan:
+    """Choose the LOD of every tile, and so the exact number of vision tokens.
+
+    Maximises sum(relevance * utility(LOD)) subject to tokens <= budget, greedily by marginal utility per
+    token; utilities are concave in tokens, so the greedy choice loses at most the utility of one step
+    against the optimum (where `lod_limits` do not bind). In threshold mode the same choice goes no higher
+    than the LOD whose threshold the tile's relevance (compared in FP32) reaches. Bounds: `max_lod`,
+    `lod_limits` and the budget; `min_lod` comes before `lod_limits`, so tiles at `min_lod` count towards a
+    limit and may exceed it. A tile of relevance 0 stays at `min_lod`.
+
+    A higher relevance never gets a lower LOD, neither among the tiles of one plan nor when one tile's
+    relevance is raised.
+
+    Where every tile may be high and the budget is full resolution, every tile is high and the glimpse is
+    left out, whatever the layout: a sequence in which all is high needs no glimpse, and equals the stock
+    image.
+
+    The only host synchronisation of this stage is one copy of map and tensions together.
+
+    Args:
+        relevance: map fp32 [R, C], finite (asserted), on any device.
+        grid: the tile grid.
+        config: sides, utilities, bounds, mode and layout.
+        budget: most tokens, from `resolve_budget`.
+    """
+    values, tensions = _read(relevance, grid)
+    ceilings = _ceilings(values, config)
+    full = full_tokens(grid, config)
+    whole = budget >= full and _may_be_all_high(ceilings, config)
+    glimpse = _has_glimpse(config) and not whole
+    if whole:
+        lods = [int(Lod.HIGH)] * grid.count
+    else:
+        spare = budget - _count_tokens([config.min_lod] * grid.count, config, glimpse)
+        assert spare >= 0, f"budget {budget} is below the least possible: use resolve_budget"
+        lods = choose_lods(values.flatten().tolist(), ceilings, config, spare)
+    tokens = _count_tokens(lods, config, glimpse)
+    assert tokens <= budget, f"{tokens} tokens planned for a budget of {budget}"
+    return Plan(
+        lod=torch.tensor(lods, dtype=torch.int64).reshape(grid.rows, grid.cols),
+        relevance=values,
+        tensions=tensions,
+        sides=config.sides,
+        layout=config.layout,
+        glimpse=glimpse,
+        tokens=tokens,
+        budget=budget,
+        full_tokens=full,
+    )
+
+
+def choose_lods(relevance: Sequence[float], ceilings: Sequence[int], config: Config, spare: int) -> list[int]:
+    """LOD of every tile, raised step by step from `min_lod` while `spare` tokens last.
+
+    Steps are taken by falling relevance * utility / tokens; ties go to the lower LOD, then to the tile that
+    comes first. A step that does not fit, or meets its LOD limit, closes its tile; the scan goes on, so a
+    smaller step elsewhere may still fit.
+
+    Args:
+        relevance: one value for each tile, FP32 values held as Python floats: their products are taken in
+            double precision, so that tiles of different relevance never tie.
+        ceilings: the highest LOD of each tile; those below `min_lod` count as `min_lod`.
+        config: steps, `min_lod` and `lod_limits`.
+        spare: tokens that may be added to every tile at `min_lod`.
+    """
+    # The running minimum irons out the rounding that Config's concavity check lets through: a tile's
+    # steps must come in order.
+    costs = config.step_costs
+    gains = list(accumulate(map(truediv, config.utility_steps, costs), min))
+    steps = sorted(
+        (-value * gains[lod - 1], lod, tile)
+        for tile, value in enumerate(relevance)
+        if value > 0
+        for lod in range(config.min_lod + 1, ceilings[tile] + 1)
+    )
+    lods = [config.min_lod] * len(relevance)
+    room = [_room(config, lod, len(relevance)) for lod in (Lod.LOW, Lod.MEDIUM, Lod.HIGH)]
+    for _, lod, tile in steps:
+        if lods[tile] == lod - 1 and costs[lod - 1] <= spare and room[lod - 1] > 0:
+            lods[tile] = lod
+            spare -= costs[lod - 1]
+            room[lod - 1] -= 1
+    return lods
+
+
+def _room(config: Config, lod: Lod, tiles: int) -> int:
+    """How many more tiles may reach `lod` when all are at `min_lod`."""
+    limit = config.lod_limits[lod - 1]
+    return tiles if limit is None else limit
+
+
+def _ceilings(relevance: Tensor, config: Config) -> list[int]:
+    """Highest LOD of each tile in raster order, without limits that tiles share."""
+    if config.mode == "budget":
+        return [config.max_lod] * relevance.numel()
+    cuts = torch.tensor(config.thresholds, dtype=torch.float32)
+    reached = torch.bucketize(relevance.flatten(), cuts, right=True)
+    return [int(lod) for lod in reached.clamp(config.min_lod, config.max_lod).tolist()]
+
+
+def _may_be_all_high(ceilings: Sequence[int], config: Config) -> bool:
+    """Whether bounds other than the budget let every tile be high."""
+    unlimited = all(limit is None or limit >= len(ceilings) for limit in config.lod_limits)
+    return config.min_lod == Lod.HIGH or (unlimited and min(ceilings) == Lod.HIGH)
+
+
+def _has_glimpse(config: Config) -> bool:
+    return config.layout is not Layout.REPLACE
+
+
+def _count_tokens(lods: Sequence[int], config: Config, glimpse: bool) -> int:
+    """Tokens of a sequence: the tiles at their LODs, and the glimpse once where it is part of it."""
+    first_look = len(lods) * config.sides[Lod.BACKGROUND] ** 2 if glimpse else 0
+    costs = config.lod_costs
+    return first_look + sum(costs[lod] for lod in lods)
+
+
+def _as_tokens(budget: object, full: int) -> int | None:
+    """Tokens that a budget stands for; None where it is no number, or a share outside (0, 1]."""
+    if isinstance(budget, bool):
+        return None
+    if isinstance(budget, Integral):
+        return int(budget)
+    if isinstance(budget, Real) and 0 < float(budget) <= 1:
+        return math.floor(float(budget) * full)
+    return None
+
+
+def _share(tokens: int, full: int) -> float:
+    """The smallest share in steps of 1/10000 that `_as_tokens` turns into at least `tokens`."""
+    first = math.ceil(tokens / full * 1e4)
+    return next(n / 1e4 for n in (first, first + 1) if math.floor(n / 1e4 * full) >= tokens)
+
+
+def _read(relevance: Relevance, grid: Grid) -> tuple[Tensor, Tensions]:
+    """The map as fp32 [R, C] on the CPU and the tensions as floats, brought over in one copy."""
+    assert relevance.map.shape == (grid.rows, grid.cols), f"map {tuple(relevance.map.shape)} for {grid}"
+    on_device = [t.reshape(1).float() for t in relevance.tensions if isinstance(t, Tensor)]
+    packed = torch.cat([relevance.map.flatten().float(), *on_device]).cpu()
+    values, read = packed[: grid.count].reshape(grid.rows, grid.cols), iter(packed[grid.count :].tolist())
+    assert bool(torch.isfinite(values).all()), "relevance is not finite"
+    tensions = Tensions(*(next(read) if isinstance(t, Tensor) else float(t) for t in relevance.tensions))
+    return values, tensions

@@ -1,0 +1,61 @@
+"""Lettering: metrics per font and coverage masks of a code, cached per process."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+_REFERENCE = 200
+"""Font size at which metrics are taken, in px."""
+
+
+class Lettering(NamedTuple):
+    """Layout of a code at cap height 1: glyph centres along the baseline and total width."""
+
+    centres: tuple[float, ...]
+    width: float
+
+
+@lru_cache(maxsize=512)
+def load(path: Path, size: float) -> ImageFont.FreeTypeFont:
+    """A font at a size in px."""
+    return ImageFont.truetype(str(path), size)
+
+
+@cache
+def cap_height(path: Path) -> float:
+    """Height of a capital H as a share of the font size."""
+    return -load(path, _REFERENCE).getbbox("H", anchor="ls")[1] / _REFERENCE
+
+
+@cache
+def _extent(path: Path, glyph: str) -> tuple[float, float]:
+    """Left and right edge of a glyph's ink at cap height 1."""
+    left, _, right, _ = load(path, _REFERENCE).getbbox(glyph, anchor="ls")
+    unit = _REFERENCE * cap_height(path)
+    return left / unit, right / unit
+
+
+def lettering(path: Path, code: str, gap: float) -> Lettering:
+    """Set glyphs side by side with `gap` cap heights of clear space between their inks."""
+    centres, x = [], 0.0
+    for glyph in code:
+        left, right = _extent(path, glyph)
+        centres.append(x + (right - left) / 2)
+        x += right - left + gap
+    return Lettering(tuple(centres), x - gap)
+
+
+def draw(path: Path, code: str, cap: float, layout: Lettering, pad: int) -> Image.Image:
+    """Coverage of a code ("L" image) at cap height `cap` px, its ink `pad` px from each edge."""
+    font = load(path, round(cap / cap_height(path), 1))
+    mask = Image.new("L", (round(layout.width * cap) + 2 * pad, round(cap) + 2 * pad), 0)
+    pen = ImageDraw.Draw(mask)
+    for glyph, centre in zip(code, layout.centres, strict=True):
+        left, right = _extent(path, glyph)
+        start = pad + (centre - (left + right) / 2) * cap
+        pen.text((start, pad + cap), glyph, fill=255, font=font, anchor="ls")
+    return mask

@@ -1,0 +1,229 @@
+"""The training loop: one process per GPU, resumable at any step, with its curves on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from arrcoc.demo.placards import ALPHABET
+from arrcoc.demo.training.batches import Batch, BatchDataset, Prompts
+from arrcoc.demo.training.forward import AnswerLoss, Losses
+from arrcoc.demo.training.modes import BatchEncoder
+from arrcoc.demo.training.recipe import Recipe
+from arrcoc.qwen import QwenVL
+
+logger = logging.getLogger(__name__)
+
+STATE = "state.pt"
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Where and how a run goes on.
+
+    Attributes:
+        folder: of its state and log.
+        skeleton: checkpoint folder that gives config, tokenizer and chat template.
+        photographs: folder of further photographs for backgrounds.
+        workers: processes that draw batches, per GPU.
+        stop_after: seconds after which the run saves itself and stops; None for never.
+        save_every: seconds between saves.
+    """
+
+    folder: Path
+    skeleton: Path
+    photographs: Path | None = None
+    workers: int = 2
+    stop_after: float | None = None
+    save_every: float = 120.0
+
+
+class Trainer:
+    """Trains one model; see `train`."""
+
+    def __init__(self, recipe: Recipe, run: Run) -> None:
+        """Args: what is trained on; where the run lives."""
+        self.recipe, self.run = recipe, run
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.manual_seed(recipe.seed)
+        config = Qwen3VLConfig.from_pretrained(run.skeleton)
+        self.model = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").float()
+        self.model.to(self.device).train()
+        self.qwen = QwenVL(self.model, AutoTokenizer.from_pretrained(run.skeleton), ([0.5] * 3, [0.5] * 3))
+        self.prompts = Prompts(self.qwen)
+        glyph_head = nn.Linear(config.vision_config.hidden_size, len(ALPHABET) + 1).to(self.device)
+        self.loss = AnswerLoss(self.model, self.qwen, self.prompts, glyph_head)
+        self.encoder = BatchEncoder(self.model, recipe)
+        self.parameters = [*self.model.parameters(), *glyph_head.parameters()]
+        self.optimizer = self._optimizer()
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.step, self.spent = 0, 0.0
+
+    def fit(self) -> bool:
+        """Train until the recipe's last step, or until `stop_after`; returns whether it is done."""
+        self._resume()
+        begun = saved = time.monotonic()
+        steps = range(self.step, self.recipe.steps)
+        with self._progress() as progress:
+            task = progress.add_task("train", total=self.recipe.steps, completed=self.step, loss=float("nan"))
+            for batch in self._batches(steps):
+                losses = self._step(batch.to(self.device))
+                if self.step % 50 == 0:
+                    record = self._log(losses, batch, begun)
+                    progress.update(task, completed=self.step, loss=record["answer"])
+                now = time.monotonic()
+                out_of_time = self._agree(self.run.stop_after is not None and now - begun > self.run.stop_after)
+                if out_of_time or now - saved > self.run.save_every:
+                    self._save(now - begun)
+                    saved = now
+                if out_of_time:
+                    return self.step >= self.recipe.steps
+        self._save(time.monotonic() - begun)
+        return True
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The model's state dict with the moving average of the weights."""
+        named = dict(self.model.named_parameters())
+        means = dict(zip(named, self.average, strict=False))
+        return {name: means.get(name, tensor).detach() for name, tensor in self.model.state_dict().items()}
+
+    def _step(self, batch: Batch) -> Losses:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            losses: Losses = self.loss(batch, self.encoder.encode(batch))
+        (losses.answer + self.recipe.glyph_weight * losses.glyph).backward()
+        self._share_gradients()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        # A step whose gradient is not finite is skipped without asking the device: its update is scaled to 0.
+        finite = torch.isfinite(norm)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad = torch.where(finite, parameter.grad, 0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        decay = min(self.recipe.average, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        self.step += 1
+        return losses
+
+    def _share_gradients(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.world == 1:
+            return
+        flat = torch.cat([parameter.grad.flatten() for parameter in self.parameters if parameter.grad is not None])
+        dist.all_reduce(flat, op=dist.ReduceOp.AVG)
+        start = 0
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
+            start += parameter.numel()
+
+    def _batches(self, steps: range) -> DataLoader[Batch]:
+        dataset = BatchDataset(self.recipe, self.prompts, steps, self.rank, self.run.photographs)
+        workers = self.run.workers
+        return DataLoader(
+            dataset, batch_size=None, num_workers=workers, pin_memory=False,
+            prefetch_factor=4 if workers else None, persistent_workers=False,
+            multiprocessing_context="fork" if workers else None,
+        )
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        vectors = [p for p in self.parameters if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": self.recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=(0.9, 0.95), fused=self.device.type == "cuda")
+
+    def _log(self, losses: Losses, batch: Batch, begun: float) -> dict[str, Any]:
+        record = {
+            "step": self.step,
+            "seconds": self.spent + time.monotonic() - begun,
+            "canvas": batch.canvas,
+            "mode": batch.mode,
+            "answer": float(losses.answer.detach()),
+            "glyph": float(losses.glyph.detach()),
+            "right": float(losses.right.float().mean()),
+            "rate": self.recipe.rate(self.step),
+        }
+        if self.rank == 0:
+            with (self.run.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            logger.info("step %(step)d canvas %(canvas)d %(mode)s loss %(answer).3f glyph %(glyph).3f right %(right).2f", record)
+        return record
+
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+                   TimeElapsedColumn(), TimeRemainingColumn())
+        return Progress(*columns, disable=self.rank != 0)
+
+    def _agree(self, wish: bool) -> bool:
+        """Whether any process wishes to stop; asked every few steps, for it waits for the device."""
+        if self.world == 1 or self.step % 20:
+            return wish and self.world == 1
+        flag = torch.tensor(float(wish), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _save(self, elapsed: float) -> None:
+        if self.rank:
+            return
+        state = {
+            "recipe": repr(self.recipe),
+            "step": self.step,
+            "seconds": self.spent + elapsed,
+            "parameters": [p.detach() for p in self.parameters],
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.run.folder / f".{STATE}.partial"
+        torch.save(state, scratch)
+        scratch.replace(self.run.folder / STATE)
+
+    def _resume(self) -> None:
+        path = self.run.folder / STATE
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["recipe"] != repr(self.recipe):
+            logger.warning("The run in %s was begun with another recipe; going on with this one", self.run.folder)
+        with torch.no_grad():
+            for mine, saved in zip(self.parameters, state["parameters"], strict=True):
+                mine.copy_(saved)
+        for mean, saved in zip(self.average, state["average"], strict=True):
+            mean.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.spent = state["step"], state["seconds"]
+        logger.info("Resumed at step %d", self.step)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return torch.device("cuda", local_rank)
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, for the record beside the weights."""
+    return asdict(recipe)

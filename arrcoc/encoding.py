@@ -1,0 +1,189 @@
+"""What `Engine.encode` gives back: vision tokens for one image and one question, and how they came about."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from arrcoc.errors import EncodingError
+from arrcoc.records import Layout, Lod, Scores, Segment, Tensions, VisionSequence
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FORMAT = "arrcoc encoding 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """A query-aware encoding of one image.
+
+    Attributes:
+        tokens: [n, D] vision tokens in the model's precision.
+        deepstack: [L, n, D] DeepStack planes.
+        positions: fp32 [3, n] (t, h, w), relative to the position at which each segment starts.
+        segments: runs of tokens that stand between vision_start and vision_end of their own.
+        lod: int64 [R, C] on the CPU, values of `arrcoc.Lod`.
+        relevance: fp32 [R, C] on the CPU, in [0, 1].
+        scores: the three maps behind it, fp32 [R, C] on the CPU.
+        tensions: the three opponent tensions.
+        sides: tokens along a tile's edge for each LOD.
+        layout: how the tokens are laid out.
+        question: what was asked.
+        budget: most tokens allowed.
+        full_tokens: tokens of the whole frame at LOD high.
+        source_size: height and width of the image in pixels.
+        frame_size: height and width of the frame in pixels.
+        distortion: relative change of the aspect ratio, 0 for none.
+        picture: uint8 [3, h, w], the frame at no more than 1024 pixels a side, for plots.
+        fingerprint: of the vision weights that made it.
+        timings: milliseconds per stage.
+    """
+
+    tokens: Tensor
+    deepstack: Tensor
+    positions: Tensor
+    segments: tuple[Segment, ...]
+    lod: Tensor
+    relevance: Tensor
+    scores: Scores
+    tensions: Tensions
+    sides: tuple[int, int, int, int]
+    layout: Layout
+    question: str
+    budget: int
+    full_tokens: int
+    source_size: tuple[int, int]
+    frame_size: tuple[int, int]
+    distortion: float
+    picture: Tensor
+    fingerprint: str
+    timings: dict[str, float]
+
+    @property
+    def n_tokens(self) -> int:
+        """Vision tokens in all."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def share(self) -> float:
+        """Tokens as a share of full resolution."""
+        return self.n_tokens / self.full_tokens
+
+    @property
+    def lod_counts(self) -> dict[str, int]:
+        """Number of tiles at each LOD."""
+        return {lod.name.lower(): int((self.lod == lod).sum()) for lod in Lod}
+
+    @property
+    def sequence(self) -> VisionSequence:
+        """The tokens as the prompt builder takes them."""
+        return VisionSequence(self.tokens, self.deepstack, self.positions, self.segments)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw the image, the scores, the relevance and the LODs; written to `path` if one is given."""
+        from arrcoc import plot  # matplotlib is slow to import and most callers never draw
+
+        figure = plot.overview(
+            self.picture.permute(1, 2, 0).cpu().numpy(),
+            {name: getattr(self.scores, name).numpy() for name in Scores.__slots__},
+            self.relevance.numpy(),
+            self.lod.numpy(),
+            self.sides,
+            title=self.question,
+            tokens=self.n_tokens,
+            full_tokens=self.full_tokens,
+            tensions=self.tensions,
+        )
+        if path is not None:
+            plot.save(figure, path)
+        return figure
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file; it appears whole or not at all.
+
+        Raises:
+            EncodingError: the file cannot be written.
+        """
+        target = Path(path)
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors |= {f"scores.{name}": getattr(self.scores, name) for name in Scores.__slots__}
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"format": _FORMAT, "record": json.dumps(self._facts())}
+        try:
+            handle, scratch = tempfile.mkstemp(dir=target.parent, suffix=".partial")
+            os.close(handle)
+            try:
+                save_file(plain, scratch, metadata)
+                os.replace(scratch, target)
+            finally:
+                Path(scratch).unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise EncodingError(f"{target} cannot be written ({error})", "a writable path", "Name another one") from error
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Encoding:
+        """Read what `save` wrote.
+
+        Raises:
+            EncodingError: not there, damaged, or not an encoding.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise _unreadable(path, f"format {metadata.get('format')!r}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return cls._from_parts(tensors, json.loads(metadata["record"]))
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise _unreadable(path, str(error) or type(error).__name__) from error
+
+    @classmethod
+    def _from_parts(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Encoding:
+        maps = {name: tensors[name] for name in _TENSORS}
+        for name in ("lod", "relevance", "picture"):
+            maps[name] = maps[name].cpu()
+        return cls(
+            **maps,
+            scores=Scores(*(tensors[f"scores.{name}"].cpu() for name in Scores.__slots__)),
+            segments=tuple(Segment(**segment) for segment in facts["segments"]),
+            tensions=Tensions(*facts["tensions"]),
+            layout=Layout(facts["layout"]),
+            sides=tuple(facts["sides"]),
+            source_size=tuple(facts["source_size"]),
+            frame_size=tuple(facts["frame_size"]),
+            **{name: facts[name] for name in _PLAIN},
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """All that is not a tensor, as JSON."""
+        named = {name: getattr(self, name) for name in (*_PLAIN, "sides", "source_size", "frame_size", "tensions")}
+        return named | {"layout": self.layout.value, "segments": [asdict(s) for s in self.segments]}
+
+
+_TENSORS = ("tokens", "deepstack", "positions", "lod", "relevance", "picture")
+_PLAIN = ("question", "budget", "full_tokens", "distortion", "fingerprint", "timings")
+
+
+def thumbnail(pixels: Tensor, longest: int = 1024) -> Tensor:
+    """uint8 [3, h, w] no larger than `longest` pixels a side; strided first, so a huge frame costs little."""
+    stride = max(1, max(pixels.shape[1:]) // (2 * longest))
+    coarse = pixels[:, ::stride, ::stride]
+    ratio = longest / max(coarse.shape[1:])
+    if ratio >= 1:
+        return coarse.clone()
+    size = [max(1, round(edge * ratio)) for edge in coarse.shape[1:]]
+    return torch.nn.functional.interpolate(coarse[None].float(), size, mode="area")[0].round().to(torch.uint8)
+
+
+def _unreadable(path: str | Path, reason: str) -> EncodingError:
+    return EncodingError(f"{path} is not a readable encoding ({reason})", "a file written by Encoding.save", "Encode again")

@@ -1,0 +1,248 @@
+"""From pixels to a frame: the tile grid, antialiased resampling, exact pyramid levels, tile hashes."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from arrcoc.config import Config
+from arrcoc.pixels import ImageInput, decode
+from arrcoc.records import Frame, Grid
+
+__all__ = ["ImageInput", "area_resample", "choose_grid", "decode", "frame", "tile_hashes", "tile_pixels"]
+
+_CHUNK = 1 << 22  # elements of a working tensor; bounds memory, hardly touches speed
+_HASH_SEED = 0x41525243_4F43
+_WORD = 0xFFFF_FFFF
+
+
+def choose_grid(
+    height: int, width: int, tile: int, max_tiles: int, max_distortion: float
+) -> tuple[Grid, tuple[int, int]]:
+    """Choose the grid of tiles that shows an image with the least change.
+
+    With the image h x w, a frame H x W and scales sy = H/h, sx = W/w, the image is stretched to the
+    whole frame where max(sy/sx, sx/sy) - 1 <= max_distortion; elsewhere both axes are scaled by
+    min(sy, sx) and the frame's bottom or right is padding. Among all grids of at most `max_tiles`
+    tiles the least cost wins, ties going to fewer tiles, then fewer rows:
+
+        cost = |ln(content area / image area)|   detail lost, or tokens spent on enlargement
+             + ln(frame area / content area)     tokens spent on padding
+             + ln(1 + distortion)                shape changed
+
+    The cost is 0 only for a frame of exactly the image's size, so whole tiles are never resampled.
+
+    Args:
+        height: image height in pixels, at least 1.
+        width: image width in pixels, at least 1.
+        tile: edge of a tile in pixels.
+        max_tiles: most tiles.
+        max_distortion: largest relative change of the aspect ratio.
+
+    Returns:
+        The grid, and the content's (height, width) in frame pixels. In a padded frame the content's
+        shorter side s is rounded to whole pixels, at least 1, which itself changes the aspect ratio
+        by at most 1/(2s - 1) as long as the unrounded side is half a pixel or more.
+    """
+    assert min(height, width, tile, max_tiles) >= 1
+    rows, cols = _candidates(max_tiles)
+    sy, sx = rows * (tile / height), cols * (tile / width)
+    change = np.maximum(sy / sx, sx / sy)
+    stretched = change <= 1 + max_distortion
+    frame_area = sy * sx
+    content_area = np.where(stretched, frame_area, np.minimum(sy, sx) ** 2)
+    cost = np.abs(np.log(content_area)) + np.log(frame_area / content_area)
+    cost += np.where(stretched, np.log(change), 0.0)
+    # Rounded, so that the order of candidates and not the last bit breaks ties.
+    best = int(np.argmin(np.round(cost, 9)))
+    grid = Grid(int(rows[best]), int(cols[best]), tile)
+    if stretched[best]:
+        return grid, (grid.height, grid.width)
+    return grid, _fitted(height, width, grid)
+
+
+@lru_cache(maxsize=16)
+def _candidates(max_tiles: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Rows and columns of every grid of at most `max_tiles` tiles, by count, then by rows."""
+    pairs = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
+    pairs.sort(key=lambda pair: (pair[0] * pair[1], pair[0]))
+    table = np.asarray(pairs, dtype=np.float64)
+    return table[:, 0], table[:, 1]
+
+
+def _fitted(height: int, width: int, grid: Grid) -> tuple[int, int]:
+    """Size of an image scaled to fit a grid's frame, in integer arithmetic, rounded half up."""
+    if grid.height * width <= grid.width * height:
+        return grid.height, max(1, (2 * width * grid.height + height) // (2 * height))
+    return max(1, (2 * height * grid.width + width) // (2 * width)), grid.width
+
+
+def frame(pixels: Tensor, config: Config, token_px: int, device: torch.device) -> Frame:
+    """Bring an image onto the device as a frame of whole tiles.
+
+    Args:
+        pixels: uint8 [3, h, w], as `decode` returns it.
+        config: `sides`, `max_tiles` and `max_distortion` are read.
+        token_px: edge of a merged vision token in pixels; a tile is `sides[3] * token_px` pixels.
+        device: where the frame goes; resampling runs there.
+
+    Returns:
+        The frame. Its content is the image resampled with an antialiased bicubic filter, bit-equal
+        to the image where the sizes are equal; padding repeats the content's last row and column.
+    """
+    assert pixels.dtype == torch.uint8
+    assert tuple(pixels.shape[:-2]) == (3,)
+    source = (int(pixels.shape[1]), int(pixels.shape[2]))
+    tile = config.sides[3] * token_px
+    grid, content = choose_grid(*source, tile, config.max_tiles, config.max_distortion)
+    framed = _padded(_resize(pixels.to(device), content), grid)
+    sy, sx = content[0] / source[0], content[1] / source[1]
+    return Frame(
+        pixels=framed,
+        background=area_resample(framed, tile, config.sides[0] * token_px),
+        grid=grid,
+        hashes=tile_hashes(framed, grid),
+        source=source,
+        content=content,
+        distortion=max(sy / sx, sx / sy) - 1,
+        scale=math.sqrt(sy * sx),
+    )
+
+
+def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [3, h, w] to `size`; plane by plane, because the fp32 planes of a large image are large."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    return torch.stack([_resize_plane(plane, size) for plane in pixels])
+
+
+def _resize_plane(plane: Tensor, size: tuple[int, int]) -> Tensor:
+    wide = F.interpolate(plane[None, None].float(), size, mode="bicubic", align_corners=False, antialias=True)
+    return wide[0, 0].clamp_(0, 255).round_().to(torch.uint8)
+
+
+def _padded(content: Tensor, grid: Grid) -> Tensor:
+    """Repeat the last column and the last row until the frame is full."""
+    _, height, width = content.shape
+    if (height, width) == (grid.height, grid.width):
+        return content.contiguous()
+    padded = content.new_empty(3, grid.height, grid.width)
+    padded[:, :height, :width] = content
+    padded[:, :height, width:] = content[:, :, -1:]
+    padded[:, height:] = padded[:, height - 1 : height]
+    return padded
+
+
+def area_resample(pixels: Tensor, factor_in: int, factor_out: int) -> Tensor:
+    """Resample by factor_out/factor_in with an exact area (box) filter.
+
+    With the ratio p/q in lowest terms, every group of q pixels along an axis becomes p pixels, each
+    the mean of what it covers, fractions included. So no window reaches beyond its group, nor
+    beyond a tile whose edge is a multiple of q. All arithmetic is on integers (overlaps are counted
+    in 1/p pixels): results are exact and equal on every device and for every batch.
+
+    Args:
+        pixels: uint8 [..., h, w] with h and w multiples of q.
+        factor_in: any multiple of q.
+        factor_out: the same multiple of p.
+
+    Returns:
+        uint8 [..., h*p/q, w*p/q], rounded half up; `pixels` itself where the factors are equal.
+    """
+    common = math.gcd(factor_in, factor_out)
+    q, p = factor_in // common, factor_out // common
+    *lead, height, width = pixels.shape
+    assert pixels.dtype == torch.uint8
+    assert (height % q, width % q) == (0, 0)
+    assert q <= 2048, "sums must stay within 31 bits"
+    if p == q:
+        return pixels
+    bands = pixels.reshape(-1, q, width)
+    out = pixels.new_empty(bands.shape[0], p, width // q * p)
+    step = max(1, _CHUNK // (max(q, p) * width))
+    for start in range(0, bands.shape[0], step):
+        rows = _box_sums(bands[start : start + step].int(), q, p, dim=1)
+        sums = _box_sums(rows.reshape(*rows.shape[:2], width // q, q), q, p, dim=3).flatten(2)
+        out[start : start + step] = (2 * sums + q * q) // (2 * q * q)
+    return out.reshape(*lead, height // q * p, width // q * p)
+
+
+def _box_sums(groups: Tensor, q: int, p: int, dim: int) -> Tensor:
+    """int32 sums over p windows of an axis of q pixels, weighted by overlap in 1/p pixels.
+
+    Pixel j spans [j*p, (j+1)*p), window i spans [i*q, (i+1)*q): weights of a window add up to q.
+    """
+    taps = groups.unbind(dim)
+    windows = []
+    for i in range(p):
+        first, last = i * q // p, ((i + 1) * q - 1) // p
+        total = torch.zeros_like(taps[0])
+        for j in range(first, last + 1):
+            total.add_(taps[j], alpha=min((i + 1) * q, (j + 1) * p) - max(i * q, j * p))
+        windows.append(total)
+    return torch.stack(windows, dim)
+
+
+def tile_pixels(frame: Frame, side_px: int, index: Tensor) -> Tensor:
+    """Tiles at a level of detail, resampled for the asked tiles only.
+
+    Args:
+        frame: the frame.
+        side_px: edge of a tile at that level, in pixels.
+        index: int64 [K], raster indices of the tiles, on any device.
+
+    Returns:
+        uint8 [K, 3, side_px, side_px], bit-equal to slices of the whole frame's level.
+    """
+    return area_resample(_cut(frame.pixels, frame.grid, index), frame.grid.tile, side_px)
+
+
+def _cut(pixels: Tensor, grid: Grid, index: Tensor) -> Tensor:
+    """Native tiles uint8 [K, 3, tile, tile]."""
+    assert tuple(pixels.shape) == (3, grid.height, grid.width)
+    tiled = pixels.view(3, grid.rows, grid.tile, grid.cols, grid.tile)
+    where = index.to(pixels.device)
+    return tiled[:, where // grid.cols, :, where % grid.cols]
+
+
+def tile_hashes(pixels: Tensor, grid: Grid) -> Tensor:
+    """Hash the pixels of every tile to 128 bits.
+
+    Four independent multilinear hashes: h = (m0 + m1*tile + sum of m(i+2) * word(i) mod 2**64) >> 32
+    with random 64-bit m and the tile's bytes as little-endian 32-bit words, which is strongly
+    universal (Lemire & Kaser 2014, "Strongly universal string hashing is fast"). The
+    size of the tile counts as the first word, so that tiles of two sizes are told apart. Integer
+    arithmetic throughout: equal on every device. Not meant against an adversary, the seed is fixed.
+
+    Args:
+        pixels: uint8 [3, R*tile, C*tile].
+        grid: the tile grid.
+
+    Returns:
+        int64 [R*C, 4], each in [0, 2**32), raster order.
+    """
+    assert pixels.dtype == torch.uint8
+    n_bytes = 3 * grid.tile**2
+    n_words = -(-n_bytes // 4)
+    multipliers = _multipliers(n_words, pixels.device)
+    base = multipliers[:, 0] + multipliers[:, 1] * grid.tile
+    sums = torch.empty(grid.count, 4, dtype=torch.int64, device=pixels.device)
+    every = torch.arange(grid.count, device=pixels.device)
+    for index in torch.split(every, max(1, _CHUNK // n_words)):
+        raw = F.pad(_cut(pixels, grid, index).reshape(len(index), -1), (0, 4 * n_words - n_bytes))
+        words = raw.view(torch.int32).to(torch.int64) & _WORD
+        for row in range(4):
+            sums[index, row] = (words * multipliers[row, 2:]).sum(1)
+    return ((sums + base) >> 32) & _WORD
+
+
+@lru_cache(maxsize=8)
+def _multipliers(n_words: int, device: torch.device) -> Tensor:
+    """int64 [4, n_words + 2]; Philox, because numpy promises never to change its stream."""
+    streams = [np.random.Philox(key=_HASH_SEED + row).random_raw(n_words + 2) for row in range(4)]
+    return torch.from_numpy(np.stack(streams).view(np.int64)).to(device)

@@ -1,0 +1,39 @@
+"""What every LOD engine offers, whatever runs it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from arrcoc.records import Features
+
+
+class LodEngine(Protocol):
+    """Encodes square tiles of one side."""
+
+    @property
+    def side(self) -> int:
+        """Tokens along a tile's edge."""
+        ...
+
+    @property
+    def backend(self) -> str:
+        """Backend and precision, for people, for example `torch eager float32`."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of all that the features depend on besides the pixels; part of every cache key."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Features:
+        """Encode tiles, in batches of the engine's buckets.
+
+        Args:
+            pixels: uint8 [K, 3, side * token_px, side * token_px], K >= 1, on the engine's device.
+
+        Returns:
+            tokens [K, side**2, D] and DeepStack planes [L, K, side**2, D], owned by the caller.
+        """
+        ...

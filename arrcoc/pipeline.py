@@ -1,0 +1,155 @@
+"""The way of one image and one question through the stages, up to its vision tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from arrcoc import allocation, image, opponent, scorers, sequence, streams, texture
+from arrcoc.cache import TileCache
+from arrcoc.config import Config
+from arrcoc.encoder import TileEncoder
+from arrcoc.encoding import Encoding, thumbnail
+from arrcoc.glimpse import GlimpseScorer, JointGlimpse
+from arrcoc.kv import Prefix
+from arrcoc.lod import LodEngine
+from arrcoc.qwen import QwenVL
+from arrcoc.records import Features, Frame, Grid, Lod, Plan, Query, Scores, Texture, Tiles, VisionSequence
+from arrcoc.timing import StageTimer
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """An encoding, with what the decoder can reuse of the work done for it."""
+
+    encoding: Encoding
+    prefix: Prefix | None
+
+
+class Pipeline:
+    """All stages for one configuration; shares the checkpoint, the cache and the engines with others."""
+
+    def __init__(
+        self,
+        qwen: QwenVL,
+        config: Config,
+        engines: Mapping[Lod, LodEngine],
+        cache: TileCache,
+        head: scorers.TextureHead | None,
+    ) -> None:
+        """Make a pipeline.
+
+        Args:
+            qwen: the checkpoint.
+            config: everything that can be set.
+            engines: an engine for each LOD.
+            cache: the tile cache.
+            head: the learned texture head; None scores by the glimpse.
+        """
+        self._qwen, self._config, self._head = qwen, config, head
+        self._joint = JointGlimpse(qwen)
+        self._encoder = TileEncoder(engines, cache, image.tile_pixels, qwen.vision.token_px)
+
+    @torch.inference_mode()
+    def look(self, pixels: Tensor, query: Query, budget: int | float | None, timer: StageTimer) -> Look:
+        """Encode an image for a question.
+
+        Args:
+            pixels: uint8 [3, h, w].
+            query: the question.
+            budget: tokens, a share of full resolution, or None for the configured one.
+            timer: receives one stage per step.
+
+        Raises:
+            BudgetError: the budget is outside what the image allows.
+            ImageError: the image is outside the limits.
+        """
+        config = self._config
+        with timer.stage("frame"):
+            frame = image.frame(pixels, config, self._qwen.vision.token_px, self._qwen.device)
+        tokens = allocation.resolve_budget(budget, frame.grid, config)
+        with timer.stage("texture"):
+            maps = texture.extract(frame, config)
+        with timer.stage("glimpse"):
+            glimpse = self._glimpse(frame)
+        with timer.stage("score"):
+            scores, prefix = self._score(maps, query, glimpse)
+        with timer.stage("balance"):
+            relevance = opponent.balance(scores, config)
+        with timer.stage("allocate"):
+            plan = allocation.plan(relevance, frame.grid, config, tokens)
+        with timer.stage("encode"):
+            tiles = self._encode(frame, plan, glimpse)
+        with timer.stage("assemble"):
+            laid_out = sequence.assemble(frame.grid, plan, glimpse, tiles, config.order)
+        return Look(self._record(frame, query, scores, plan, laid_out), prefix if plan.glimpse else None)
+
+    def full_tokens(self, pixels: Tensor) -> int:
+        """Tokens of an image uint8 [3, h, w] with every tile at LOD high."""
+        config = self._config
+        tile = config.sides[3] * self._qwen.vision.token_px
+        height, width = pixels.shape[1:]
+        grid, _ = image.choose_grid(height, width, tile, config.max_tiles, config.max_distortion)
+        return allocation.full_tokens(grid, config)
+
+    def _glimpse(self, frame: Frame) -> Features:
+        if self._config.glimpse == "joint":
+            return self._joint.encode(frame)
+        everywhere = {Lod.BACKGROUND: torch.arange(frame.grid.count)}
+        # No relevance is known yet; a tile earns its place in the cache when a plan uses it.
+        (tiles,) = self._encoder.encode(frame, everywhere, torch.zeros(frame.grid.rows, frame.grid.cols))
+        return sequence.join_tiles(tiles.features, frame.grid, tiles.side)
+
+    def _score(self, maps: Texture, query: Query, glimpse: Features) -> tuple[Scores, Prefix | None]:
+        """The three scorers side by side; with the glimpse scorer also the prefix it computed."""
+        looking = self._head if self._head is not None else self._glimpse_scorer(glimpse, maps.grid)
+        judges = (scorers.propositional, scorers.perspectival, looking)
+        found = streams.parallel([partial(judge, maps, query) for judge in judges], self._qwen.device)
+        prefix = looking.prefix if isinstance(looking, GlimpseScorer) else None
+        if prefix is not None and self._qwen.device.type == "cuda":
+            # The prefix was made on the scorer's stream and lives on for the decoder, on this one.
+            for tensor in prefix.tensors():
+                tensor.record_stream(torch.cuda.current_stream(self._qwen.device))
+        return Scores(*found), prefix
+
+    def _glimpse_scorer(self, glimpse: Features, grid: Grid) -> GlimpseScorer:
+        sides = self._config.sides
+        where = sequence.glimpse_positions(grid, sides[0], sides[3])
+        return GlimpseScorer(self._qwen, glimpse, where, sequence.extent(grid, sides[3]), grid, self._config)
+
+    def _encode(self, frame: Frame, plan: Plan, glimpse: Features) -> list[Tiles]:
+        """The tiles above LOD background through the engines; the others out of the glimpse."""
+        wanted = {lod: (plan.lod.flatten() == lod).nonzero()[:, 0] for lod in Lod if lod is not Lod.BACKGROUND}
+        tiles = self._encoder.encode(frame, wanted, plan.relevance)
+        if plan.glimpse:
+            return tiles
+        rest = sequence.background_tiles(frame.grid, plan, glimpse)
+        return [rest, *tiles] if len(rest.index) else tiles
+
+    def _record(self, frame: Frame, query: Query, scores: Scores, plan: Plan, laid_out: VisionSequence) -> Encoding:
+        maps = (scores.propositional, scores.perspectival, scores.participatory)
+        return Encoding(
+            tokens=laid_out.tokens,
+            deepstack=laid_out.deepstack,
+            positions=laid_out.positions,
+            segments=laid_out.segments,
+            lod=plan.lod,
+            relevance=plan.relevance,
+            scores=Scores(*(map_.cpu() for map_ in maps)),
+            tensions=plan.tensions,
+            sides=plan.sides,
+            layout=plan.layout,
+            question=query.text,
+            budget=plan.budget,
+            full_tokens=plan.full_tokens,
+            source_size=frame.source,
+            frame_size=(frame.grid.height, frame.grid.width),
+            distortion=frame.distortion,
+            picture=thumbnail(frame.pixels),
+            fingerprint=self._qwen.fingerprint,
+            timings={},
+        )

@@ -1,0 +1,321 @@
+"""Grid, frame, area resampling, pyramid slices and hashes."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from arrcoc import image
+from arrcoc.config import Config, build
+from arrcoc.image import area_resample, choose_grid, frame, tile_hashes, tile_pixels
+from arrcoc.records import Frame, Grid
+
+CPU = torch.device("cpu")
+CONFIG = build({"sides": (1, 2, 3, 4), "max_tiles": 16})
+TOKEN_PX = 8  # tiles of 32 px, background of 8 px
+
+sizes = st.integers(1, 6000)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def make_frame(height: int, width: int, config: Config = CONFIG) -> Frame:
+    return frame(noise(3, height, width), config, TOKEN_PX, CPU)
+
+
+# Cost of a grid as documented, written a second time, without numpy and without ties.
+def cost(height: int, width: int, grid: Grid, limit: float) -> float:
+    sy, sx = grid.height / height, grid.width / width
+    change = max(sy / sx, sx / sy)
+    if change <= 1 + limit:
+        return abs(math.log(sy * sx)) + math.log(change)
+    scale = min(sy, sx)
+    return abs(math.log(scale * scale)) + math.log(sy * sx / (scale * scale))
+
+
+@pytest.mark.parametrize(
+    ("size", "tile", "max_tiles", "grid", "content"),
+    [
+        # Smaller than a tile: one tile. 40/64 is enlarged by 1.6 on both axes.
+        ((40, 40), 64, 16, (1, 1), (64, 64)),
+        ((1, 1), 64, 16, (1, 1), (64, 64)),
+        # 3 x 4 tiles are there, and allowed: taken as they are.
+        ((192, 256), 64, 12, (3, 4), (192, 256)),
+        # The same image under 4 tiles. 2 x 2 would stretch (sy 2/3, sx 1/2: 33 %), so it is padded: scale
+        # 1/2, area 1/4, content 96 x 128, cost ln 4 + ln 4/3 = 1.67; 1 x 2 has sy 1/3, scale 1/3, cost
+        # ln 9 + ln 1.5 = 2.60. So 2 x 2.
+        ((192, 256), 64, 4, (2, 2), (96, 128)),
+        # 1080 x 1920 in 256-px tiles: 4 x 7 has sy 0.948, sx 0.933: stretched by 1.6 %, cost 0.138;
+        # 4 x 8 would pad (12.5 %): scale 0.948, cost 0.107 + 0.118 = 0.224.
+        ((1080, 1920), 256, 64, (4, 7), (1024, 1792)),
+        # A long strip: 50 px are 0.78 of a tile; 1 x 10 stretches by 64/50 = 28 %: padded at scale 1.
+        ((50, 640), 64, 16, (1, 10), (50, 640)),
+        # 10 tiles of length under max_tiles 4: scale 256/640 = 0.4 gives 50 * 0.4 = 20 px of height.
+        ((50, 640), 64, 4, (1, 4), (20, 256)),
+    ],
+)
+def test_grid_examples(
+    size: tuple[int, int], tile: int, max_tiles: int, grid: tuple[int, int], content: tuple[int, int]
+) -> None:
+    assert choose_grid(*size, tile, max_tiles, 0.1) == (Grid(*grid, tile), content)
+    swapped = choose_grid(*size[::-1], tile, max_tiles, 0.1)
+    assert swapped == (Grid(*grid[::-1], tile), content[::-1])
+
+
+@given(
+    sizes, sizes, st.sampled_from([32, 64, 256, 640]), st.integers(1, 300), st.sampled_from([0.01, 0.1, 0.3])
+)
+@settings(max_examples=150, deadline=None)
+def test_grid_bounds(height: int, width: int, tile: int, max_tiles: int, limit: float) -> None:
+    grid, (h, w) = choose_grid(height, width, tile, max_tiles, limit)
+    assert 1 <= grid.count <= max_tiles
+    assert 1 <= h <= grid.height
+    assert 1 <= w <= grid.width
+    assert h == grid.height or w == grid.width
+    sy, sx = h / height, w / width
+    if (h, w) == (grid.height, grid.width) and max(sy / sx, sx / sy) - 1 <= limit * (1 + 1e-9):
+        return
+    # Padded: one scale for both axes; the shorter side is within half a pixel of it, and at least 1.
+    scale = min(grid.height / height, grid.width / width)
+    assert abs(h - height * scale) <= 0.5 + 1e-6 or h == 1
+    assert abs(w - width * scale) <= 0.5 + 1e-6 or w == 1
+    short = min(h, w)
+    if min(height, width) * scale >= 0.5:
+        assert max(sy / sx, sx / sy) - 1 <= 1 / (2 * short - 1) + 1e-9
+
+
+@given(sizes, sizes, st.sampled_from([64, 256]), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_grid_is_the_cheapest(height: int, width: int, tile: int, max_tiles: int) -> None:
+    chosen, _ = choose_grid(height, width, tile, max_tiles, 0.1)
+    every = [Grid(r, c, tile) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
+    least = min(cost(height, width, grid, 0.1) for grid in every)
+    assert cost(height, width, chosen, 0.1) <= least + 1e-6
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.sampled_from([32, 224, 640]))
+@settings(max_examples=60, deadline=None)
+def test_whole_tiles_are_kept(rows: int, cols: int, tile: int) -> None:
+    found = choose_grid(rows * tile, cols * tile, tile, rows * cols, 0.1)
+    assert found == (Grid(rows, cols, tile), (rows * tile, cols * tile))
+
+
+def test_grid_is_fast() -> None:
+    choose_grid(3000, 4000, 64, 4096, 0.1)
+    start = time.perf_counter()
+    for height in range(3000, 3010):
+        choose_grid(height, 4000, 64, 4096, 0.1)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_frame_of_whole_tiles_is_the_image() -> None:
+    pixels = noise(3, 64, 96)
+    made = frame(pixels, CONFIG, TOKEN_PX, CPU)
+    assert made.grid == Grid(2, 3, 32)
+    assert torch.equal(made.pixels, pixels)
+    assert (made.source, made.content, made.distortion, made.scale) == ((64, 96), (64, 96), 0.0, 1.0)
+    assert made.background.shape == (3, 16, 24)
+    assert made.hashes.shape == (6, 4)
+
+
+def test_frame_reports_its_distortion() -> None:
+    # 60 x 96 -> 64 x 96: sy = 16/15, sx = 1; distortion 1/15, scale sqrt(16/15).
+    made = make_frame(60, 96)
+    assert made.content == (64, 96)
+    assert made.distortion == pytest.approx(1 / 15)
+    assert made.scale == pytest.approx(math.sqrt(16 / 15))
+
+
+def test_frame_pads_with_the_edge() -> None:
+    # 20 x 96 is 0.625 tiles high: 1 x 3 tiles, unscaled, 12 rows of padding.
+    pixels = noise(3, 20, 96)
+    made = frame(pixels, CONFIG, TOKEN_PX, CPU)
+    assert (made.grid, made.content, made.distortion) == (Grid(1, 3, 32), (20, 96), 0.0)
+    assert torch.equal(made.pixels[:, :20], pixels)
+    assert torch.equal(made.pixels[:, 20:], pixels[:, 19:20].expand(3, 12, 96))
+    turned = frame(pixels.transpose(1, 2), CONFIG, TOKEN_PX, CPU)
+    assert torch.equal(turned.pixels, made.pixels.transpose(1, 2))
+
+
+def test_resize_keeps_flat_colours_and_clamps() -> None:
+    flat = torch.tensor([0, 128, 255], dtype=torch.uint8)[:, None, None].expand(3, 70, 50).contiguous()
+    made = frame(flat, CONFIG, TOKEN_PX, CPU)
+    assert torch.equal(made.pixels, flat[:, :1, :1].expand_as(made.pixels))
+    # Bicubic overshoots at a step: without the clamp 255 would wrap round to a small number.
+    step = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    step[:, :, 20:] = 255
+    made = frame(step, CONFIG, TOKEN_PX, CPU)
+    assert made.content == (32, 32)
+    assert made.pixels[:, :, :14].max() <= 60
+    assert made.pixels[:, :, 18:].min() >= 195
+
+
+def test_resize_is_antialiased() -> None:
+    # Two white columns in four, at a quarter of the size: grey. Plain bicubic would look at the two
+    # white columns around each new pixel's centre almost alone.
+    stripes = torch.zeros(3, 512, 512, dtype=torch.uint8)
+    stripes[:, :, 1::4] = 255
+    stripes[:, :, 2::4] = 255
+    made = frame(stripes, CONFIG, TOKEN_PX, CPU)
+    assert made.content == (128, 128)
+    inner = made.pixels[:, 8:-8, 8:-8].float()
+    assert inner.std() < 4
+    assert inner.mean() == pytest.approx(127.5, abs=3)
+
+
+def test_area_two_to_one() -> None:
+    # (1+2+3+4)/4 = 2.5 -> 3 (half up); (10+20+30+41)/4 = 25.25 -> 25.
+    pixels = torch.tensor([[[1, 2, 10, 20], [3, 4, 30, 41]]], dtype=torch.uint8)
+    assert area_resample(pixels, 2, 1).tolist() == [[[3, 25]]]
+    assert area_resample(pixels, 64, 32).tolist() == [[[3, 25]]]
+
+
+def test_area_four_to_three() -> None:
+    # Window i covers [4i/3, 4(i+1)/3): weights (3, 1), (2, 2), (1, 3) quarters.
+    # Across 0 40 80 120: (0*3 + 40)/4 = 10, (40*2 + 80*2)/4 = 60, (80 + 120*3)/4 = 110.
+    across = torch.tensor([0, 40, 80, 120], dtype=torch.uint8).expand(1, 4, 4).contiguous()
+    assert area_resample(across, 4, 3).tolist() == [[[10, 60, 110]] * 3]
+    assert area_resample(across.transpose(1, 2), 20, 15)[0].tolist() == [[10] * 3, [60] * 3, [110] * 3]
+    # Both axes at once: only the first pixel is 160: 160 * 3/4 * 3/4 = 90 in the first window.
+    corner = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    corner[0, 0, 0] = 160
+    assert area_resample(corner, 4, 3).tolist() == [[[90, 0, 0], [0, 0, 0], [0, 0, 0]]]
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_area_equals_exact_integration(q: int, p: int, n: int, m: int, seed: int) -> None:
+    common = math.gcd(q, p)
+    q, p = q // common, p // common
+    pixels = noise(2, n * q, m * q, seed=seed)
+    # Repeating every pixel p times and taking means of q x q blocks is the same integral.
+    fine = np.kron(pixels.numpy().astype(np.int64), np.ones((1, p, p), np.int64))
+    sums = fine.reshape(2, n * p, q, m * p, q).sum((2, 4))
+    expected = np.floor(sums / q**2 + 0.5).astype(np.uint8)
+    assert np.array_equal(area_resample(pixels, q, p).numpy(), expected)
+
+
+def test_area_identity_and_range() -> None:
+    pixels = noise(3, 8, 8)
+    assert area_resample(pixels, 5, 5) is pixels
+    white = torch.full((1, 1024, 1024), 255, dtype=torch.uint8)
+    assert area_resample(white, 1024, 1).item() == 255
+
+
+def test_area_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = noise(3, 140, 70)
+    whole = area_resample(pixels, 10, 7)
+    monkeypatch.setattr(image, "_CHUNK", 1)
+    assert torch.equal(area_resample(pixels, 10, 7), whole)
+
+
+@pytest.mark.parametrize("side_px", [8, 16, 24, 32])
+def test_tiles_are_slices_of_the_level(side_px: int) -> None:
+    made = make_frame(64, 96)
+    level = area_resample(made.pixels, 32, side_px)
+    index = torch.tensor([4, 0, 5, 4])
+    tiles = tile_pixels(made, side_px, index)
+    assert tiles.shape == (4, 3, side_px, side_px)
+    for tile, at in zip(tiles, index.tolist(), strict=True):
+        row, col = divmod(at, 3)
+        expected = level[:, row * side_px : (row + 1) * side_px, col * side_px : (col + 1) * side_px]
+        assert torch.equal(tile, expected)
+
+
+def test_background_is_the_lowest_level() -> None:
+    made = make_frame(64, 96)
+    tiles = tile_pixels(made, 8, torch.arange(6))
+    assert torch.equal(made.background, tiles.view(2, 3, 3, 8, 8).permute(2, 0, 3, 1, 4).reshape(3, 16, 24))
+
+
+def test_no_tiles_asked() -> None:
+    tiles = tile_pixels(make_frame(64, 96), 8, torch.empty(0, dtype=torch.int64))
+    assert tiles.shape == (0, 3, 8, 8)
+
+
+def hash_by_hand(tile: Tensor) -> list[int]:
+    """Multilinear hash in Python's unbounded integers."""
+    data = tile.contiguous().numpy().tobytes()
+    data += bytes(-len(data) % 4)
+    words = [tile.shape[-1], *np.frombuffer(data, "<u4").tolist()]
+    multipliers = image._multipliers(len(words) - 1, CPU).numpy().view(np.uint64).tolist()
+    totals = (m[0] + sum(a * b for a, b in zip(m[1:], words, strict=True)) for m in multipliers)
+    return [total % 2**64 >> 32 for total in totals]
+
+
+@pytest.mark.parametrize("tile", [3, 4, 28])
+def test_hash_formula(tile: int) -> None:
+    pixels = noise(3, tile, 2 * tile)
+    hashes = tile_hashes(pixels, Grid(1, 2, tile))
+    assert hashes.tolist() == [hash_by_hand(pixels[:, :, :tile]), hash_by_hand(pixels[:, :, tile:])]
+
+
+def test_hash_is_fixed_for_ever() -> None:
+    # Disk caches outlive a process: the stream behind the multipliers must not change.
+    black = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    assert tile_hashes(black, Grid(1, 1, 4)).tolist() == [[3739902141, 1225893404, 3634707710, 354086128]]
+
+
+def test_equal_tiles_hash_equal_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile, other = noise(3, 32, 32), noise(3, 32, 32, seed=1)
+    lone = tile_hashes(tile, Grid(1, 1, 32))[0]
+    pixels = torch.cat([torch.cat([other, tile], 2), torch.cat([tile, other], 2)], 1)
+    hashes = tile_hashes(pixels, Grid(2, 2, 32))
+    assert torch.equal(hashes[1], lone)
+    assert torch.equal(hashes[2], lone)
+    assert torch.equal(hashes[0], hashes[3])
+    assert not (hashes[0] == lone).any()
+    monkeypatch.setattr(image, "_CHUNK", 1)
+    assert torch.equal(tile_hashes(pixels, Grid(2, 2, 32)), hashes)
+
+
+@given(st.integers(0, 3 * 16 * 16 - 1), st.integers(1, 255), st.integers(0, 9))
+@settings(max_examples=150, deadline=None)
+def test_hash_sees_every_byte(at: int, delta: int, seed: int) -> None:
+    pixels = noise(3, 16, 16, seed=seed)
+    changed = pixels.clone()
+    changed.view(-1)[at] += delta
+    grid = Grid(1, 1, 16)
+    before, after = tile_hashes(pixels, grid), tile_hashes(changed, grid)
+    assert not torch.equal(before, after)
+    # 32 bits each: all four words nearly always change, and none is left idle.
+    assert (before != after).sum() >= 3
+
+
+def test_hash_sees_order() -> None:
+    pixels = noise(3, 16, 16)
+    swapped = pixels.clone()
+    swapped[:, 0, 0], swapped[:, 9, 5] = pixels[:, 9, 5], pixels[:, 0, 0]
+    assert not (tile_hashes(pixels, Grid(1, 1, 16)) == tile_hashes(swapped, Grid(1, 1, 16))).any()
+
+
+def test_hash_tells_tile_sizes_apart() -> None:
+    hashes = [tile_hashes(torch.zeros(3, t, t, dtype=torch.uint8), Grid(1, 1, t))[0] for t in (4, 8, 16)]
+    assert len({tuple(h.tolist()) for h in hashes}) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees() -> None:
+    cuda = torch.device("cuda")
+    pixels = noise(3, 128, 192)
+    config = build({"sides": (1, 2, 3, 4), "max_tiles": 64})
+    here, there = frame(pixels, config, TOKEN_PX, CPU), frame(pixels, config, TOKEN_PX, cuda)
+    assert torch.equal(here.hashes, there.hashes.cpu())
+    assert torch.equal(here.background, there.background.cpu())
+    for side_px in (8, 16, 24, 32):
+        index = torch.tensor([7, 1])
+        assert torch.equal(tile_pixels(here, side_px, index), tile_pixels(there, side_px, index).cpu())
+    # Bicubic weights are computed in another order there: at most one level apart.
+    small, large = (
+        frame(noise(3, 400, 600), CONFIG, TOKEN_PX, CPU),
+        frame(noise(3, 400, 600), CONFIG, TOKEN_PX, cuda),
+    )
+    assert (small.pixels.int() - large.pixels.cpu().int()).abs().max() <= 1
