@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-SOURCES := arrcoc tests $(wildcard benchmarks)
+SOURCES := arrcoc tests benchmarks docs
 
 .PHONY: demo test lint types clean
 
@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/arrcoc demo
 
 test: lint types
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -1,10 +1,10 @@
 """arrcoc: answers about images with Qwen-VL, vision tokens spent only where the question needs them."""
 
-from arrcoc.answer import Answer, AnswerStream
-from arrcoc.config import Config
-from arrcoc.decode import Sampling
-from arrcoc.encoding import Encoding
-from arrcoc.engine import Engine
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from arrcoc.errors import (
     ArrcocError,
     BudgetError,
@@ -17,7 +17,14 @@ from arrcoc.errors import (
     ModelError,
     QueryError,
 )
-from arrcoc.records import Channel, Layout, Lod
+
+if TYPE_CHECKING:
+    from arrcoc.answer import Answer, AnswerStream
+    from arrcoc.config import Config
+    from arrcoc.decode import Sampling
+    from arrcoc.encoding import Encoding
+    from arrcoc.engine import Engine
+    from arrcoc.records import Channel, Layout, Lod
 
 __version__ = "0.1.0"
 
@@ -42,3 +49,26 @@ __all__ = [
     "QueryError",
     "Sampling",
 ]
+
+_HOMES = {
+    "Answer": "answer",
+    "AnswerStream": "answer",
+    "Channel": "records",
+    "Config": "config",
+    "Encoding": "encoding",
+    "Engine": "engine",
+    "Layout": "records",
+    "Lod": "records",
+    "Sampling": "decode",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: torch takes seconds, and `arrcoc --help` needs none of it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

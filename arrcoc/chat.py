@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,10 @@ from arrcoc.errors import QueryError
 
 Message = dict[str, Any]
 
+logger = logging.getLogger(__name__)
+
 _ROLES = ("system", "user", "assistant")
+_IMAGE_KEYS = {"image", "image_url"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,11 @@ def single(image: Any, question: str) -> Conversation:
 def parse(messages: Sequence[Message]) -> Conversation:
     """Take apart messages in Qwen's chat format.
 
+    Size hints beside an image (min_pixels, resized_height, ...) have no effect, since the budget decides,
+    and are named in a warning in the log.
+
     Raises:
-        QueryError: not a list of messages, unknown roles or content, video, or no question at the end.
+        QueryError: not a list of messages, unknown roles or content, video, or no user turn at the end.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise _bad(f"{type(messages).__name__} as messages", "a non-empty list of messages")
@@ -60,7 +67,7 @@ def check_question(question: object, max_chars: int) -> str:
     """Return the question if it is text of a sensible length.
 
     Raises:
-        QueryError: not a string, empty, or longer than `max_chars` characters.
+        QueryError: not a string, blank, longer than `max_chars` characters, or with half a surrogate pair.
     """
     if not isinstance(question, str):
         raise _bad(f"a question of type {type(question).__name__}", "a string")
@@ -68,8 +75,19 @@ def check_question(question: object, max_chars: int) -> str:
         raise _bad("an empty question", f"1 to {max_chars:,} characters")
     if len(question) > max_chars:
         remedy = "Shorten it, or raise max_question_chars"
-        raise QueryError(f"a question of {len(question):,} characters", f"1 to {max_chars:,} characters", remedy)
+        given = f"a question of {len(question):,} characters"
+        raise QueryError(given, f"1 to {max_chars:,} characters", remedy)
+    check_unicode(question)
     return question
+
+
+def check_unicode(text: str) -> None:
+    """Raise `QueryError` for text that holds half of a surrogate pair, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise _bad(f"text with the lone surrogate {half!r} at {error.start}", "valid Unicode") from None
 
 
 def _normalise(message: object) -> Message:
@@ -84,19 +102,31 @@ def _normalise(message: object) -> Message:
 
 
 def _element(element: object, role: str) -> Message:
-    if isinstance(element, dict):
-        if isinstance(element.get("text"), str) and element.get("type", "text") == "text":
+    keys = set(element) if isinstance(element, dict) else set()
+    kind = element.get("type") if isinstance(element, dict) else None
+    image_keys = keys & _IMAGE_KEYS
+    if isinstance(element, dict) and isinstance(element.get("text"), str) and kind in {None, "text"}:
+        if not image_keys and "video" not in keys:
             return {"type": "text", "text": element["text"]}
-        if "image" in element or "image_url" in element:
-            if role != "user":
-                raise _bad(f"an image in a {role} message", "images in user messages")
-            return dict(element) | {"type": "image"}
-    kinds = "{'type': 'text', 'text': …} or {'type': 'image', 'image': …}; video is not supported"
+    elif isinstance(element, dict) and len(image_keys) == 1 and kind in {None, *_IMAGE_KEYS}:
+        if role != "user":
+            raise _bad(f"an image in a {role} message", "images in user messages")
+        if not keys & {"text", "video"}:
+            return _image(element, image_keys.pop())
+    kinds = "{'type': 'text', 'text': ...} or {'type': 'image', 'image': ...}; video is not supported"
     raise _bad(f"the element {_short(element)}", kinds)
 
 
+def _image(element: Message, key: str) -> Message:
+    """An image element as `extract_vision_info` finds it, without hints."""
+    ignored = sorted(str(name) for name in element if name not in {"type", key})
+    if ignored:
+        logger.warning("%s beside an image: no effect, the budget decides on its tokens", ", ".join(ignored))
+    return {"type": "image", "image": element[key]}
+
+
 def _source(element: Message) -> Any:
-    value = element["image"] if "image" in element else element["image_url"]
+    value = element["image"]
     return value.get("url") if isinstance(value, dict) else value
 
 

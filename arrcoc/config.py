@@ -31,15 +31,15 @@ class Config(BaseModel):
     # Geometry.
     sides: Sides = (2, 4, 6, 8)
     """Tokens along one edge of a tile at LOD background, low, medium, high; ascending."""
-    max_tiles: int = Field(256, ge=1)
+    max_tiles: int = Field(default=256, ge=1)
     """Most tiles of a frame; larger images are scaled down to fit."""
-    max_distortion: float = Field(0.1, gt=0)
+    max_distortion: float = Field(default=0.1, gt=0)
     """Largest relative change of the aspect ratio; beyond it the frame is padded instead."""
-    max_source_pixels: int = Field(400_000_000, ge=1)
+    max_source_pixels: int = Field(default=400_000_000, ge=1)
     """Largest source image, in pixels; larger ones are refused before they are decoded."""
 
     # Texture and scorers.
-    cells: int = Field(16, ge=4)
+    cells: int = Field(default=16, ge=4)
     """Texture cells along one edge of a tile."""
     participatory: Literal["auto", "glimpse", "texture"] = "auto"
     """Which participatory scorer judges; auto takes the learned texture head where its weights lie
@@ -50,19 +50,19 @@ class Config(BaseModel):
     """Decoder layers at which attention is probed, as fractions of the depth."""
     generic_prompt: str = "Write a general description of the image."
     """Prompt whose attention the question's attention is divided by."""
-    attention_gain: float = Field(1.0, gt=0)
+    attention_gain: float = Field(default=1.0, gt=0)
     """Exponent of the relative attention before it is squashed to [0, 1]."""
-    sink_ratio: float = Field(4.0, gt=1)
+    sink_ratio: float = Field(default=4.0, gt=1)
     """Glimpse tokens whose hidden norm exceeds this multiple of the median are treated as sinks."""
 
     # Opponent processing (constants of the closed forms in `arrcoc.opponent`).
-    flat_contrast: float = Field(0.02, gt=0)
+    flat_contrast: float = Field(default=0.02, gt=0)
     """Participatory contrast below which relevance falls back towards uniform."""
-    confident_contrast: float = Field(0.25, gt=0)
+    confident_contrast: float = Field(default=0.25, gt=0)
     """Participatory contrast at which exploitation is complete."""
-    gain: float = Field(1.5, ge=0)
+    gain: float = Field(default=1.5, ge=0)
     """Strength of compress-particularize: the relevance exponent spans [1/(1+gain), 1+gain]."""
-    lateral: float = Field(0.5, ge=0)
+    lateral: float = Field(default=0.5, ge=0)
     """Strength of diversify-focus."""
 
     # Allocation.
@@ -71,11 +71,11 @@ class Config(BaseModel):
     """Default budget of a request: a share of full resolution (0..1] or a whole number of tokens."""
     thresholds: tuple[float, float, float] = (0.25, 0.5, 0.75)
     """Relevance at which a tile reaches LOD low, medium, high in threshold mode."""
-    utility_exponent: float = Field(1.0, gt=0, le=2)
+    utility_exponent: float = Field(default=1.0, gt=0, le=2)
     """Utility of a LOD is (side / highest side) ** utility_exponent."""
-    min_lod: int = Field(0, ge=0, le=3)
+    min_lod: int = Field(default=0, ge=0, le=3)
     """Least LOD of every tile."""
-    max_lod: int = Field(3, ge=0, le=3)
+    max_lod: int = Field(default=3, ge=0, le=3)
     """Highest LOD of any tile."""
     lod_limits: tuple[int | None, int | None, int | None] = (None, None, None)
     """Most tiles at LOD low or above, medium or above, and high."""
@@ -88,16 +88,16 @@ class Config(BaseModel):
     # Encoder and cache.
     buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Batch sizes that a LOD engine runs at; smaller batches are padded up to one of them."""
-    cache_bytes: int = Field(1 << 30, ge=0)
+    cache_bytes: int = Field(default=1 << 30, ge=0)
     """Bound of the tile cache, in bytes; 0 switches it off."""
     cache_location: Literal["device", "host"] = "device"
     """Whether cached tiles stay where the model is, or in host memory."""
-    cache_half_life: float = Field(256.0, gt=0)
+    cache_half_life: float = Field(default=256.0, gt=0)
     """Uses of the cache after which a tile's relevance score has halved."""
 
     # Decoding.
-    max_new_tokens: int = Field(256, ge=1)
-    max_question_chars: int = Field(20_000, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    max_question_chars: int = Field(default=20_000, ge=1)
     """Longest question, in characters."""
 
     @field_validator("sides")

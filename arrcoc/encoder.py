@@ -1,4 +1,4 @@
-"""Encodes the tiles that a plan asks for: from the cache where they are known, else through the LOD engines."""
+"""Encodes the tiles that a plan asks for: from the cache where known, else through the LOD engines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class TileEncoder:
     another question, another place or another image.
     """
 
-    def __init__(self, engines: Mapping[Lod, LodEngine], cache: TileCache, cut: CutTiles, token_px: int) -> None:
+    def __init__(
+        self, engines: Mapping[Lod, LodEngine], cache: TileCache, cut: CutTiles, token_px: int
+    ) -> None:
         """Args: an engine for each LOD; the cache; how tiles are cut from a frame; pixels per token."""
         self._engines, self._cache, self._cut, self._token_px = engines, cache, cut, token_px
 
@@ -38,22 +40,25 @@ class TileEncoder:
         """
         hashes = [tuple(row) for row in frame.hashes.tolist()]
         flat = relevance.flatten().tolist()
-        return [self._encode_lod(frame, lod, index, hashes, flat) for lod, index in wanted.items() if len(index)]
+        return [
+            self._encode_lod(frame, lod, index, hashes, flat) for lod, index in wanted.items() if len(index)
+        ]
 
     def _encode_lod(
         self, frame: Frame, lod: Lod, index: Tensor, hashes: list[tuple[int, ...]], relevance: list[float]
     ) -> Tiles:
         engine = self._engines[lod]
         tiles = index.tolist()
-        keys = [TileKey(hashes[tile], int(lod), engine.fingerprint) for tile in tiles]  # type: ignore[arg-type]
+        keys = [TileKey(hashes[tile], int(lod), engine.fingerprint) for tile in tiles]
         weights = [relevance[tile] for tile in tiles]
         found = self._cache.get(keys, weights, frame.pixels.device)
         missing = [place for place, hit in enumerate(found) if hit is None]
         if missing:
             fresh = self._encode_missing(frame, engine, index[missing])
             for row, place in enumerate(missing):
-                found[place] = Features(fresh.tokens[row : row + 1], fresh.deepstack[:, row : row + 1])
-                self._cache.put(keys[place], found[place], weights[place])
+                made = Features(fresh.tokens[row : row + 1], fresh.deepstack[:, row : row + 1])
+                self._cache.put(keys[place], made, weights[place])
+                found[place] = made
         return Tiles(lod, engine.side, index, _join([hit for hit in found if hit is not None]))
 
     def _encode_missing(self, frame: Frame, engine: LodEngine, index: Tensor) -> Features:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from arrcoc.devices import resolve_device
 from arrcoc.errors import EncodingError
 from arrcoc.records import Layout, Lod, Scores, Segment, Tensions, VisionSequence
 
@@ -46,7 +48,7 @@ class Encoding:
         distortion: relative change of the aspect ratio, 0 for none.
         picture: uint8 [3, h, w], the frame at no more than 1024 pixels a side, for plots.
         fingerprint: of the vision weights that made it.
-        timings: milliseconds per stage.
+        timings: milliseconds per stage of making it, `total` included.
     """
 
     tokens: Tensor
@@ -119,59 +121,95 @@ class Encoding:
         tensors |= {f"scores.{name}": getattr(self.scores, name) for name in Scores.__slots__}
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"format": _FORMAT, "record": json.dumps(self._facts())}
+        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
         try:
-            handle, scratch = tempfile.mkstemp(dir=target.parent, suffix=".partial")
-            os.close(handle)
-            try:
-                save_file(plain, scratch, metadata)
-                os.replace(scratch, target)
-            finally:
-                Path(scratch).unlink(missing_ok=True)
+            save_file(plain, scratch, metadata)
+            os.replace(scratch, target)
         except (OSError, SafetensorError) as error:
-            raise EncodingError(f"{target} cannot be written ({error})", "a writable path", "Name another one") from error
+            given = f"{target} cannot be written ({_first_line(error)})"
+            raise EncodingError(given, "a writable path", "Name another one") from error
+        finally:
+            scratch.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Encoding:
-        """Read what `save` wrote.
+        """Read what `save` wrote, bit for bit.
+
+        Args:
+            path: the file.
+            device: where tokens, DeepStack planes and positions go, as for `Engine.from_pretrained`.
 
         Raises:
             EncodingError: not there, damaged, or not an encoding.
+            ConfigError: no such device.
         """
+        place = resolve_device(device)
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise _unreadable(path, f"format {metadata.get('format')!r}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return cls._from_parts(tensors, json.loads(metadata["record"]))
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise _unreadable(path, str(error) or type(error).__name__) from error
+            return cls._from_parts(tensors, json.loads(metadata["record"]), place)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise _unreadable(path, _first_line(error)) from error
 
     @classmethod
-    def _from_parts(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Encoding:
-        maps = {name: tensors[name] for name in _TENSORS}
-        for name in ("lod", "relevance", "picture"):
-            maps[name] = maps[name].cpu()
-        return cls(
-            **maps,
-            scores=Scores(*(tensors[f"scores.{name}"].cpu() for name in Scores.__slots__)),
+    def _from_parts(
+        cls, tensors: Mapping[str, Tensor], facts: dict[str, Any], device: torch.device
+    ) -> Encoding:
+        made = cls(
+            tokens=tensors["tokens"].to(device),
+            deepstack=tensors["deepstack"].to(device),
+            positions=tensors["positions"].to(device),
+            lod=tensors["lod"],
+            relevance=tensors["relevance"],
+            picture=tensors["picture"].to(device),
+            scores=Scores(*(tensors[f"scores.{name}"] for name in Scores.__slots__)),
             segments=tuple(Segment(**segment) for segment in facts["segments"]),
-            tensions=Tensions(*facts["tensions"]),
+            tensions=Tensions(*map(float, facts["tensions"])),
+            sides=_ints(facts["sides"], 4),
             layout=Layout(facts["layout"]),
-            sides=tuple(facts["sides"]),
-            source_size=tuple(facts["source_size"]),
-            frame_size=tuple(facts["frame_size"]),
-            **{name: facts[name] for name in _PLAIN},
+            question=str(facts["question"]),
+            budget=int(facts["budget"]),
+            full_tokens=int(facts["full_tokens"]),
+            source_size=_ints(facts["source_size"], 2),
+            frame_size=_ints(facts["frame_size"], 2),
+            distortion=float(facts["distortion"]),
+            fingerprint=str(facts["fingerprint"]),
+            timings={str(stage): float(value) for stage, value in facts["timings"].items()},
         )
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """Raise ValueError unless the parts of a file fit together."""
+        count, width = self.tokens.shape
+        maps = (self.lod, self.relevance, *(getattr(self.scores, name) for name in Scores.__slots__))
+        bounds = [0, *(segment.stop for segment in self.segments)]
+        whole = (
+            self.deepstack.shape[1:] == (count, width)
+            and self.positions.shape == (3, count)
+            and self.picture.shape[0] == 3
+            and {m.shape for m in maps} == {self.lod.shape}
+            and self.lod.dim() == 2
+            and bounds[:-1] == [segment.start for segment in self.segments]
+            and bounds[-1] == count
+        )
+        if not whole:
+            raise ValueError("its parts do not fit together")
 
     def _facts(self) -> dict[str, Any]:
         """All that is not a tensor, as JSON."""
-        named = {name: getattr(self, name) for name in (*_PLAIN, "sides", "source_size", "frame_size", "tensions")}
+        named = {name: getattr(self, name) for name in _PLAIN}
         return named | {"layout": self.layout.value, "segments": [asdict(s) for s in self.segments]}
 
 
 _TENSORS = ("tokens", "deepstack", "positions", "lod", "relevance", "picture")
-_PLAIN = ("question", "budget", "full_tokens", "distortion", "fingerprint", "timings")
+_PLAIN = (
+    *("question", "budget", "full_tokens", "distortion", "fingerprint", "timings"),
+    *("sides", "source_size", "frame_size", "tensions"),
+)
 
 
 def thumbnail(pixels: Tensor, longest: int = 1024) -> Tensor:
@@ -185,5 +223,18 @@ def thumbnail(pixels: Tensor, longest: int = 1024) -> Tensor:
     return torch.nn.functional.interpolate(coarse[None].float(), size, mode="area")[0].round().to(torch.uint8)
 
 
+def _ints(values: Any, count: int) -> Any:
+    """A tuple of `count` whole numbers; ValueError if there are more or fewer."""
+    numbers = tuple(int(value) for value in values)
+    if len(numbers) != count:
+        raise ValueError(f"{len(numbers)} numbers where {count} belong")
+    return numbers
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
 def _unreadable(path: str | Path, reason: str) -> EncodingError:
-    return EncodingError(f"{path} is not a readable encoding ({reason})", "a file written by Encoding.save", "Encode again")
+    given = f"{path} is not a readable encoding ({reason})"
+    return EncodingError(given, "a file written by Encoding.save", "Encode again")

@@ -5,37 +5,32 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
-import threading
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
-from torch import Tensor
 
 from arrcoc import chat as chats
 from arrcoc import config as configs
-from arrcoc import image, sequence
+from arrcoc import prompting
 from arrcoc.answer import Answer, AnswerStream, text_pieces
 from arrcoc.cache import CacheStats, TileCache
 from arrcoc.config import Config
 from arrcoc.decode import Decoder, Sampling, TransformersDecoder
 from arrcoc.demo.bundled import bundled_checkpoint
+from arrcoc.devices import device_name, resolve_device, resolve_dtype
 from arrcoc.encoding import Encoding
-from arrcoc.errors import BudgetError, ConfigError, EngineMismatchError
+from arrcoc.errors import ConfigError, DecodeError
 from arrcoc.image import ImageInput
-from arrcoc.kv import Prefix
-from arrcoc.lod import LodEngine, TorchLodEngine
-from arrcoc.pipeline import Look, Pipeline
 from arrcoc.qwen import QwenVL, load
-from arrcoc.records import Lod, Prompt
+from arrcoc.records import Lod
 from arrcoc.scorers import TEXTURE_HEAD_FILE, TextureHead
 from arrcoc.timing import StageTimer
+from arrcoc.viewer import Budget, Viewer
 
 logger = logging.getLogger(__name__)
-
-Budget = int | float | None
 
 
 class Engine:
@@ -51,9 +46,7 @@ class Engine:
         self._cache = TileCache(base.cache_bytes, base.cache_half_life, base.cache_location)
         self._decoder: Decoder = TransformersDecoder(qwen)
         self._head = _texture_head(qwen, base)
-        self._lod_engines: dict[int, LodEngine] = {}
-        self._pipelines: dict[Config, Pipeline] = {}
-        self._lock = threading.Lock()
+        self._viewer = Viewer(qwen, presets, self._cache, self._head)
 
     @classmethod
     def from_pretrained(
@@ -78,13 +71,14 @@ class Engine:
             ConfigError: unknown preset, device, dtype or field.
         """
         presets = configs.PresetChoice.make(preset, overrides)
-        place = _device(device)
+        place = resolve_device(device)
+        precision = resolve_dtype(dtype, place)
         notes = []
         if model is None:
             model, note = bundled_checkpoint()
             notes.append(note)
             logger.warning(note)
-        return cls(load(model, place, _dtype(dtype, place)), presets, notes)
+        return cls(load(model, place, precision), presets, notes)
 
     def encode(self, image: ImageInput, question: str, budget: Budget = None) -> Encoding:
         """Encode an image for a question.
@@ -98,8 +92,8 @@ class Engine:
             ImageError, QueryError, BudgetError: an argument is not usable.
         """
         timer = StageTimer(self._qwen.device)
-        (encoding,), _ = self._look_all(chats.single(image, self._check(question)), budget, timer)
-        return dataclasses.replace(encoding, timings=timer.milliseconds())
+        (seen,) = self._viewer.see(chats.single(image, self._check(question)), budget, timer)
+        return seen.timed(timer)
 
     def ask(
         self,
@@ -115,15 +109,16 @@ class Engine:
         Args:
             image: as for `encode`, or an `Encoding` made before (by an engine of the same checkpoint).
             question: what is asked.
-            budget: as for `encode`.
+            budget: as for `encode`; an encoding made before must keep within it.
             max_new_tokens: most tokens to generate; None takes the configured number.
             temperature: 0 is greedy, above 0 samples.
             sampling: further fields of `arrcoc.Sampling` (top_p, top_k, seed).
 
         Raises:
             ImageError, QueryError, BudgetError, DecodeError: an argument is not usable.
+            EngineMismatchError: the encoding was made by other vision weights or in another precision.
         """
-        return _exhaust(self.stream(image, question, budget, max_new_tokens, temperature, **sampling))
+        return self.stream(image, question, budget, max_new_tokens, temperature, **sampling).exhaust()
 
     def stream(
         self,
@@ -134,7 +129,10 @@ class Engine:
         temperature: float = 0.0,
         **sampling: Any,
     ) -> AnswerStream:
-        """`ask`, piece by piece: iterate for text; `.answer` holds the whole once it has ended."""
+        """`ask`, piece by piece: iterate for text; `.answer` holds the whole once it has ended.
+
+        The image is encoded and the prompt run at once, so `ask`'s errors are raised here.
+        """
         conversation = chats.single(image, self._check(question))
         return self._stream(conversation, budget, self._sampling(max_new_tokens, temperature, sampling))
 
@@ -149,7 +147,8 @@ class Engine:
         """Answer the last turn of a chat in Qwen's format, with any number of images, or none.
 
         Relevance is judged by the text of the last user turn, for every image. A budget in tokens is for
-        all images together, and is divided in proportion to their full resolution; a share is of each.
+        all images together: each gets the least it needs, and the rest in proportion to what it still
+        lacks of full resolution. A share is of each image. An image may be an `Encoding` made before.
 
         Raises:
             ImageError, QueryError, BudgetError, DecodeError: an argument is not usable.
@@ -157,8 +156,10 @@ class Engine:
         conversation = chats.parse(messages)
         self._check(conversation.question)
         for text in conversation.texts:
+            chats.check_unicode(text)
             self._qwen.check_text(text)
-        return _exhaust(self._stream(conversation, budget, self._sampling(max_new_tokens, temperature, sampling)))
+        chosen = self._sampling(max_new_tokens, temperature, sampling)
+        return self._stream(conversation, budget, chosen).exhaust()
 
     def cache_stats(self) -> CacheStats:
         """Counts of the tile cache."""
@@ -171,121 +172,69 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """What runs where: model, presets, scorers, engines, decoder, cache, versions, notes. JSON-ready."""
         qwen, base = self._qwen, self._presets.base
+        parallel = "three CUDA streams" if qwen.device.type == "cuda" else "in sequence"
         return {
             "model": {"name": qwen.name, "parameters": qwen.n_parameters, "fingerprint": qwen.fingerprint},
-            "device": _device_name(qwen.device),
+            "device": device_name(qwen.device),
             "dtype": str(qwen.dtype).removeprefix("torch."),
             "preset": self._presets.name,
             "sides": {name: list(c.sides) for name, c in self._presets.by_name.items()},
             "layout": base.layout.value,
             "glimpse": base.glimpse,
-            "scorers": {"participatory": "glimpse" if self._head is None else "texture",
-                        "parallel": "three CUDA streams" if qwen.device.type == "cuda" else "in sequence"},
-            "lod_engines": {side: engine.backend for side, engine in sorted(self._lod_engines.items())},
+            "scorers": {"participatory": "texture" if self._head else "glimpse", "parallel": parallel},
+            "lod_engines": self._viewer.backends(),
             "decoder": self._decoder.backend,
-            "cache": dataclasses.asdict(self._cache.stats()) | {"location": base.cache_location},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                         "python": platform.python_version()},
+            "cache": _cache_facts(self._cache.stats()) | {"location": base.cache_location},
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": version("transformers"),
+                "python": platform.python_version(),
+            },
             "notes": list(self._notes),
         }
 
     def _check(self, question: object) -> str:
-        return chats.check_question(question, self._presets.base.max_question_chars)
+        text = chats.check_question(question, self._presets.base.max_question_chars)
+        self._qwen.check_text(text)
+        return text
 
     def _sampling(self, max_new_tokens: int | None, temperature: float, more: dict[str, Any]) -> Sampling:
-        known = {field.name for field in dataclasses.fields(Sampling)}
+        known = sorted(field.name for field in dataclasses.fields(Sampling))
         for name in more:
             if name not in known:
-                raise ConfigError(f"sampling argument {name!r}", ", ".join(sorted(known)), "Correct the name")
+                raise DecodeError(f"sampling argument {name!r}", ", ".join(known), "Correct the name")
         count = self._presets.base.max_new_tokens if max_new_tokens is None else max_new_tokens
         return Sampling(max_new_tokens=count, temperature=temperature, **more)
 
-    def _look(self, pixels: Tensor, question: str, budget: Budget, timer: StageTimer) -> Look:
-        with timer.stage("query"):
-            query = self._qwen.query(question)
-        return self._pipeline(pixels).look(pixels, query, budget, timer)
-
-    def _look_all(
-        self, conversation: chats.Conversation, budget: Budget, timer: StageTimer
-    ) -> tuple[list[Encoding], Prefix | None]:
-        """Every image's encoding; with one image also the prefix that the decoder may go on from."""
-        sources = conversation.images
-        if len(sources) == 1 and isinstance(sources[0], Encoding):
-            return [self._own(sources[0])], None
-        with timer.stage("decode"):
-            images = [image.decode(source, self._presets.base.max_source_pixels) for source in sources]
-        shares = zip(images, self._divide(images, budget), strict=True)
-        looks = [self._look(pixels, conversation.question, share, timer) for pixels, share in shares]
-        return [look.encoding for look in looks], looks[0].prefix if len(looks) == 1 else None
-
-    def _divide(self, images: Sequence[Tensor], budget: Budget) -> list[Budget]:
-        """A share holds for each image; tokens are divided in proportion to full resolution."""
-        if len(images) < 2 or not isinstance(budget, int) or isinstance(budget, bool):
-            return [budget] * len(images)
-        full = [self._pipeline(pixels).full_tokens(pixels) for pixels in images]
-        if budget > sum(full):
-            raise BudgetError(f"a budget of {budget:,} tokens", f"at most {sum(full):,} for these images", "Lower it")
-        return [budget * tokens // sum(full) for tokens in full]
-
-    def _own(self, encoding: Encoding) -> Encoding:
-        if encoding.fingerprint != self._qwen.fingerprint:
-            given = f"an encoding made by checkpoint {encoding.fingerprint[:12]}"
-            raise EngineMismatchError(given, f"one made by {self._qwen.fingerprint[:12]}", "Encode the image again")
-        return encoding
-
-    def _pipeline(self, pixels: Tensor) -> Pipeline:
-        config = self._presets.choose(*pixels.shape[1:])
-        with self._lock:
-            if config not in self._pipelines:
-                engines = {lod: self._lod_engine(config.sides[lod], config) for lod in Lod}
-                self._pipelines[config] = Pipeline(self._qwen, config, engines, self._cache, self._head)
-            return self._pipelines[config]
-
-    def _lod_engine(self, side: int, config: Config) -> LodEngine:
-        if side not in self._lod_engines:
-            self._lod_engines[side] = TorchLodEngine(self._qwen, side, config.buckets)
-        return self._lod_engines[side]
-
     def _stream(self, conversation: chats.Conversation, budget: Budget, sampling: Sampling) -> AnswerStream:
         timer = StageTimer(self._qwen.device)
-        encodings, prefix = self._look_all(conversation, budget, timer)
+        seen = self._viewer.see(conversation, budget, timer)
         with timer.stage("prefill"):
-            prompt, head = self._prompt(conversation, encodings)
+            prompt, head = prompting.build(self._qwen, conversation.messages, [s.encoding for s in seen])
+            prefix = seen[0].prefix if len(seen) == 1 else None
             state = self._decoder.prefill(prompt, prefix if prefix and prefix.head == head else None)
-        seen: list[int] = []
+        length, tokens = prompt.embeds.shape[1], list[int]()
 
         def pieces() -> Iterator[str]:
             with timer.stage("generate"):
-                yield from text_pieces(self._decoder.generate(state, sampling), self._qwen.detokenize, seen)
+                yield from text_pieces(self._decoder.generate(state, sampling), self._qwen.detokenize, tokens)
 
         def finish() -> Answer:
-            timings = timer.milliseconds()
-            made = tuple(dataclasses.replace(encoding, timings=timings) for encoding in encodings)
-            reason: Literal["stop", "length"] = "length" if len(seen) == sampling.max_new_tokens else "stop"
-            text = self._qwen.detokenize(seen)
-            return Answer(text, made, timings, prompt.embeds.shape[1], len(seen), reason)
+            reason: Literal["stop", "length"] = "length" if len(tokens) == sampling.max_new_tokens else "stop"
+            made = tuple(s.timed(timer) for s in seen)
+            text = self._qwen.detokenize(tokens)
+            return Answer(text, made, timer.milliseconds(), length, len(tokens), reason)
 
         return AnswerStream(pieces(), finish)
 
-    @torch.inference_mode()
-    def _prompt(self, conversation: chats.Conversation, encodings: Sequence[Encoding]) -> tuple[Prompt, tuple[int, ...]]:
-        """The prompt, and the token ids that stand before its first image."""
-        runs = self._qwen.render(conversation.messages)
-        special = self._qwen.special
-        captions = [
-            [self._qwen.embed([special.vision_end, *self._qwen.tokenize(f"\n{s.caption}"), special.vision_start])
-             for s in encoding.segments[1:]]
-            for encoding in encodings
-        ]
-        images = [encoding.sequence for encoding in encodings]
-        return sequence.prompt([self._qwen.embed(run) for run in runs], images, captions), tuple(runs[0])
 
-
-def _exhaust(stream: AnswerStream) -> Answer:
-    for _ in stream:
-        pass
-    assert stream.answer is not None
-    return stream.answer
+def _cache_facts(stats: CacheStats) -> dict[str, Any]:
+    """Cache statistics with LODs by name."""
+    by_lod = {
+        name: {Lod(lod).name.lower(): count for lod, count in sorted(getattr(stats, name).items())}
+        for name in ("hits_by_lod", "misses_by_lod")
+    }
+    return dataclasses.asdict(stats) | by_lod
 
 
 def _texture_head(qwen: QwenVL, config: Config) -> TextureHead | None:
@@ -293,34 +242,7 @@ def _texture_head(qwen: QwenVL, config: Config) -> TextureHead | None:
     if config.participatory == "glimpse" or (config.participatory == "auto" and not path.is_file()):
         return None
     if not path.is_file():
+        given = "participatory='texture' without a fitted head"
         remedy = "Fit one, or choose participatory='glimpse'"
-        raise ConfigError("participatory='texture' without a fitted head", f"{TEXTURE_HEAD_FILE} beside the model", remedy)
+        raise ConfigError(given, f"{TEXTURE_HEAD_FILE} beside the model", remedy)
     return TextureHead.load(path, qwen.width, qwen.device)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device {device!r}", "auto, cpu, cuda, cuda:N", "Choose one of these") from None
-    found = torch.cuda.device_count()
-    if place.type not in {"cpu", "cuda"} or (place.type == "cuda" and (place.index or 0) >= found):
-        raise ConfigError(f"device {str(place)!r}", f"cpu, or one of the {found} CUDA devices here", "Choose one")
-    return place
-
-
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-    if found not in {torch.float32, torch.bfloat16, torch.float16}:
-        raise ConfigError(f"dtype {dtype!r}", "auto, float32, bfloat16, float16", "Choose one of these")
-    return found
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"

@@ -15,6 +15,7 @@ class ArrcocError(Exception):
         self.given, self.allowed, self.remedy = given, allowed, remedy
 
     def __str__(self) -> str:
+        """The three parts as one message."""
         return f"{self.given}. Allowed: {self.allowed}. {self.remedy}."
 
 

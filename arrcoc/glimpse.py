@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from arrcoc.config import Config
 from arrcoc.kv import KvCache, Prefix
 from arrcoc.lod.tower import Geometry, StaticTower, geometry
-from arrcoc.qwen import QwenVL, patchify
+from arrcoc.qwen import QwenVL
 from arrcoc.records import Features, Frame, Grid, Query, Texture
+from arrcoc.vision import patchify
 
 
 class JointGlimpse:
@@ -123,7 +125,9 @@ class GlimpseScorer:
                 # Row 0 ends the image and belongs to no prompt.
                 query = self._qwen.queries(layer, hidden[:, 1:], positions[:, 1:])
                 keys = prefix.cache.keys(layer)[0, :, prefix.image]
-                seen.append(attention_shares(query, keys, sinks(prefix.norms[layer], self._config.sink_ratio)))
+                seen.append(
+                    attention_shares(query, keys, sinks(prefix.norms[layer], self._config.sink_ratio))
+                )
 
         self._qwen.run_layers(embeds[None], positions, prefix.cache, range(prefix.depth), observe=observe)
         prefix.cache.truncate(prefix.length)
@@ -132,8 +136,8 @@ class GlimpseScorer:
     def _tile_shares(self, attention: Tensor) -> Tensor:
         """Sum over each tile's glimpse tokens: [m] to [R, C]."""
         grid = self._grid
-        rows = self._config.sides[0]
-        return attention.view(grid.rows, rows, grid.cols, rows).sum(dim=(1, 3))
+        side = self._config.sides[0]
+        return reduce(attention, "(r i c j) -> r c", "sum", r=grid.rows, i=side, c=grid.cols, j=side)
 
 
 def probe_layers(depth: Sequence[float], n_layers: int) -> list[int]:
@@ -160,7 +164,7 @@ def attention_shares(query: Tensor, keys: Tensor, excluded: Tensor) -> Tensor:
     kv_heads, _, width = keys.shape
     grouped = query.float().reshape(kv_heads, -1, width)
     scores = grouped @ keys.float().transpose(1, 2) / width**0.5
-    weights = scores.masked_fill(excluded, float("-inf")).softmax(dim=-1)
+    weights: Tensor = scores.masked_fill(excluded, float("-inf")).softmax(dim=-1)
     return weights.nan_to_num(0.0).mean(dim=(0, 1))
 
 

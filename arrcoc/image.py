@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from arrcoc.config import Config
@@ -16,7 +16,8 @@ from arrcoc.records import Frame, Grid
 
 __all__ = ["ImageInput", "area_resample", "choose_grid", "decode", "frame", "tile_hashes", "tile_pixels"]
 
-_CHUNK = 1 << 22  # elements of a working tensor; bounds memory, hardly touches speed
+_CHUNK = 1 << 22  # elements of a working tensor on the CPU
+_STEEP = 16  # CUDA's antialiased filter runs out of shared memory at about 23
 _HASH_SEED = 0x41525243_4F43
 _WORD = 0xFFFF_FFFF
 
@@ -122,7 +123,16 @@ def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resize_plane(plane: Tensor, size: tuple[int, int]) -> Tensor:
-    wide = F.interpolate(plane[None, None].float(), size, mode="bicubic", align_corners=False, antialias=True)
+    """One plane; a reduction too steep for the filter on CUDA begins with means, to 8 times the size."""
+    if size[1] == 1 < size[0]:
+        # torch 2.13's antialiased filter on the CPU repeats the first row when the result is one column.
+        return _resize_plane(plane.T.contiguous(), (1, size[0])).T
+    wide = plane[None, None].float()
+    pairs = list(zip(plane.shape, size, strict=True))
+    if any(old > _STEEP * new for old, new in pairs):
+        rows, cols = (8 * new if old > _STEEP * new else old for old, new in pairs)
+        wide = F.adaptive_avg_pool2d(wide, (rows, cols))
+    wide = F.interpolate(wide, size, mode="bicubic", align_corners=False, antialias=True)
     return wide[0, 0].clamp_(0, 255).round_().to(torch.uint8)
 
 
@@ -164,12 +174,17 @@ def area_resample(pixels: Tensor, factor_in: int, factor_out: int) -> Tensor:
         return pixels
     bands = pixels.reshape(-1, q, width)
     out = pixels.new_empty(bands.shape[0], p, width // q * p)
-    step = max(1, _CHUNK // (max(q, p) * width))
+    step = max(1, _chunk(pixels.device) // (max(q, p) * width))
     for start in range(0, bands.shape[0], step):
         rows = _box_sums(bands[start : start + step].int(), q, p, dim=1)
         sums = _box_sums(rows.reshape(*rows.shape[:2], width // q, q), q, p, dim=3).flatten(2)
         out[start : start + step] = (2 * sums + q * q) // (2 * q * q)
     return out.reshape(*lead, height // q * p, width // q * p)
+
+
+def _chunk(device: torch.device) -> int:
+    """Most elements of a working tensor: what suits a CPU's caches leaves a GPU waiting for launches."""
+    return _CHUNK if device.type == "cpu" else 4 * _CHUNK
 
 
 def _box_sums(groups: Tensor, q: int, p: int, dim: int) -> Tensor:
@@ -233,7 +248,7 @@ def tile_hashes(pixels: Tensor, grid: Grid) -> Tensor:
     base = multipliers[:, 0] + multipliers[:, 1] * grid.tile
     sums = torch.empty(grid.count, 4, dtype=torch.int64, device=pixels.device)
     every = torch.arange(grid.count, device=pixels.device)
-    for index in torch.split(every, max(1, _CHUNK // n_words)):
+    for index in torch.split(every, max(1, _chunk(pixels.device) // n_words)):
         raw = F.pad(_cut(pixels, grid, index).reshape(len(index), -1), (0, 4 * n_words - n_bytes))
         words = raw.view(torch.int32).to(torch.int64) & _WORD
         for row in range(4):

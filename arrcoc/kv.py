@@ -32,7 +32,9 @@ class KvCache:
         assert buffers is not None, f"layer {layer} has no keys yet"
         return buffers[0][:, :, : self._lengths[layer]]
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Append [1, kv_heads, m, head_dim] and return all keys and values of the layer (views).
 
         The signature is the one that transformers' attention calls.
@@ -63,7 +65,9 @@ class KvCache:
         if buffers is not None and buffers[0].shape[2] >= stop:
             return buffers
         size = max(stop, self._capacity if buffers is None else 2 * buffers[0].shape[2])
-        grown = tuple(_grow(t, None if buffers is None else buffers[i], size) for i, t in enumerate((key, value)))
+        grown = tuple(
+            _grow(t, None if buffers is None else buffers[i], size) for i, t in enumerate((key, value))
+        )
         self._buffers[layer] = grown[0], grown[1]
         return grown[0], grown[1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from arrcoc.cache import TileCache
 from arrcoc.config import Config
 from arrcoc.encoder import TileEncoder
 from arrcoc.encoding import Encoding, thumbnail
+from arrcoc.errors import BudgetError
 from arrcoc.glimpse import GlimpseScorer, JointGlimpse
 from arrcoc.kv import Prefix
 from arrcoc.lod import LodEngine
@@ -24,7 +25,12 @@ from arrcoc.timing import StageTimer
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """An encoding, with what the decoder can reuse of the work done for it."""
+    """An encoding, with what the decoder can reuse of the work done for it.
+
+    Attributes:
+        encoding: its timings are not filled in yet.
+        prefix: the prompt up to the glimpse, where the scorer ran it and the plan keeps the glimpse.
+    """
 
     encoding: Encoding
     prefix: Prefix | None
@@ -88,13 +94,13 @@ class Pipeline:
             laid_out = sequence.assemble(frame.grid, plan, glimpse, tiles, config.order)
         return Look(self._record(frame, query, scores, plan, laid_out), prefix if plan.glimpse else None)
 
-    def full_tokens(self, pixels: Tensor) -> int:
-        """Tokens of an image uint8 [3, h, w] with every tile at LOD high."""
+    def token_range(self, pixels: Tensor) -> tuple[int, int]:
+        """The least and the most tokens that an image uint8 [3, h, w] can be encoded to."""
         config = self._config
         tile = config.sides[3] * self._qwen.vision.token_px
         height, width = pixels.shape[1:]
         grid, _ = image.choose_grid(height, width, tile, config.max_tiles, config.max_distortion)
-        return allocation.full_tokens(grid, config)
+        return allocation.least_tokens(grid, config), allocation.full_tokens(grid, config)
 
     def _glimpse(self, frame: Frame) -> Features:
         if self._config.glimpse == "joint":
@@ -123,14 +129,17 @@ class Pipeline:
 
     def _encode(self, frame: Frame, plan: Plan, glimpse: Features) -> list[Tiles]:
         """The tiles above LOD background through the engines; the others out of the glimpse."""
-        wanted = {lod: (plan.lod.flatten() == lod).nonzero()[:, 0] for lod in Lod if lod is not Lod.BACKGROUND}
+        levels = plan.lod.flatten()
+        wanted = {lod: (levels == lod).nonzero()[:, 0] for lod in (Lod.LOW, Lod.MEDIUM, Lod.HIGH)}
         tiles = self._encoder.encode(frame, wanted, plan.relevance)
         if plan.glimpse:
             return tiles
         rest = sequence.background_tiles(frame.grid, plan, glimpse)
         return [rest, *tiles] if len(rest.index) else tiles
 
-    def _record(self, frame: Frame, query: Query, scores: Scores, plan: Plan, laid_out: VisionSequence) -> Encoding:
+    def _record(
+        self, frame: Frame, query: Query, scores: Scores, plan: Plan, laid_out: VisionSequence
+    ) -> Encoding:
         maps = (scores.propositional, scores.perspectival, scores.participatory)
         return Encoding(
             tokens=laid_out.tokens,
@@ -153,3 +162,24 @@ class Pipeline:
             fingerprint=self._qwen.fingerprint,
             timings={},
         )
+
+
+def divide_budget(budget: int, ranges: Sequence[tuple[int, int]]) -> list[int]:
+    """Divide tokens among images: to each its least, then of the rest in proportion to what it still lacks.
+
+    Image i gets low_i + floor(spare * (high_i - low_i) / room) with spare = budget - sum(low) and
+    room = sum(high) - sum(low), so never less than low_i, more than high_i, or more than `budget` in all.
+
+    Args:
+        budget: tokens for all images together.
+        ranges: the least and the most tokens of each image.
+
+    Raises:
+        BudgetError: below the sum of the least or above the sum of the most.
+    """
+    least, most = sum(low for low, _ in ranges), sum(high for _, high in ranges)
+    if not least <= budget <= most:
+        given = f"budget {budget:,} for {len(ranges)} images together"
+        raise BudgetError(given, f"{least:,} to {most:,} tokens", "Choose a budget within these limits")
+    spare, room = budget - least, max(most - least, 1)
+    return [low + spare * (high - low) // room for low, high in ranges]

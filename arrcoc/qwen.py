@@ -7,87 +7,20 @@ text decoder as a stack of layers that can be run in part, over a cache of the c
 from __future__ import annotations
 
 import hashlib
-import logging
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
-from transformers.image_processing_base import ImageProcessingMixin
 
-from arrcoc.errors import ModelError, QueryError
+from arrcoc import loading
+from arrcoc.errors import QueryError
 from arrcoc.kv import KvCache
+from arrcoc.loading import ARCHITECTURE, PixelStats
 from arrcoc.records import Query
-
-logger = logging.getLogger(__name__)
-
-ARCHITECTURE = "qwen3_vl"
-_TEMPORAL = 2  # an image is a clip of two equal frames to the patch convolution
-_VISION_THETA = 10_000.0
-
-
-class Block(NamedTuple):
-    """One vision transformer block: pre-norm attention, pre-norm MLP."""
-
-    norm1: nn.Module
-    qkv: nn.Linear
-    proj: nn.Linear
-    norm2: nn.Module
-    mlp: nn.Module
-
-
-class Merger(NamedTuple):
-    """2x2 patch merger; `norm_after` says whether it normalises after the four patches are joined."""
-
-    norm: nn.Module
-    fc1: nn.Linear
-    activation: nn.Module
-    fc2: nn.Linear
-    norm_after: bool
-
-
-@dataclass(frozen=True)
-class VisionWeights:
-    """The stock vision tower, taken apart.
-
-    Attributes:
-        patch_weight: [hidden, 3 * 2 * patch**2], the patch convolution as a matrix.
-        patch_bias: [hidden].
-        position_table: [side**2, hidden], learned positions of a square grid.
-        mean, std: per channel, of pixels in [0, 1].
-    """
-
-    patch_weight: Tensor
-    patch_bias: Tensor
-    position_table: Tensor
-    blocks: tuple[Block, ...]
-    merger: Merger
-    deepstack: dict[int, Merger]
-    heads: int
-    patch: int
-    merge: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @property
-    def hidden(self) -> int:
-        """Width of the tower."""
-        return int(self.patch_bias.shape[0])
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden // self.heads
-
-    @property
-    def token_px(self) -> int:
-        """Pixels along the edge of one merged token."""
-        return self.patch * self.merge
+from arrcoc.vision import Block, Merger, VisionWeights
 
 
 class SpecialTokens(NamedTuple):
@@ -101,13 +34,15 @@ class SpecialTokens(NamedTuple):
 class QwenVL:
     """A loaded Qwen-VL checkpoint; holds no state of any request."""
 
-    def __init__(self, model: Any, tokenizer: Any, pixel_stats: tuple[Sequence[float], Sequence[float]]) -> None:
+    def __init__(self, model: Any, tokenizer: Any, pixel_stats: PixelStats) -> None:
         """Args: stock model in eval mode, its tokenizer, mean and std of pixels in [0, 1]."""
         self.model, self.tokenizer = model, tokenizer
         self._pixel_stats = pixel_stats
         self._text = model.model.language_model
         config = model.config
-        self.special = SpecialTokens(config.image_token_id, config.vision_start_token_id, config.vision_end_token_id)
+        self.special = SpecialTokens(
+            config.image_token_id, config.vision_start_token_id, config.vision_end_token_id
+        )
 
     # Facts about the checkpoint.
 
@@ -151,7 +86,8 @@ class QwenVL:
         """Token ids that end an answer, from the generation config and the tokenizer."""
         declared = self.model.generation_config.eos_token_id
         ids = [declared] if isinstance(declared, int) else list(declared or [])
-        return frozenset([*ids, *([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])])
+        ends = self.tokenizer.eos_token_id
+        return frozenset([*ids, *([] if ends is None else [ends])])
 
     @cached_property
     def vision(self) -> VisionWeights:
@@ -188,8 +124,10 @@ class QwenVL:
             if token in text:
                 raise QueryError(f"text with the control token {token}", "plain text", "Remove or escape it")
 
-    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[list[int]]:
-        """Token ids of a chat, cut at its images: k images give k + 1 runs of ids (no image token in them)."""
+    def render(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[list[int]]:
+        """Token ids of a chat, cut at its images: k images give k + 1 runs, without the image tokens."""
         encoded = self.tokenizer.apply_chat_template(
             list(messages), tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=True
         )
@@ -285,66 +223,12 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype) -> QwenVL:
     Raises:
         ModelError: nothing there, files missing or damaged, weights missing, or another architecture.
     """
-    source = _source(name)
-    config = _load_part(AutoConfig, source, "config.json")
-    if config.model_type != ARCHITECTURE:
-        given = f"{source} is a {config.model_type!r} model"
-        raise ModelError(given, f"Qwen3-VL ({ARCHITECTURE!r})", "Choose a Qwen3-VL checkpoint")
-    tokenizer = _load_part(AutoTokenizer, source, "the tokenizer files")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError(f"{source} has no chat template", "a Qwen3-VL folder with one", "Copy chat_template.jinja")
-    model = _load_weights(source, dtype)
-    return QwenVL(model.to(device).eval().requires_grad_(False), tokenizer, _pixel_stats(source))
+    parts = loading.read(name, dtype)
+    model = parts.model.to(device).eval().requires_grad_(False)
+    return QwenVL(model, parts.tokenizer, parts.pixel_stats)
 
 
-def _source(name: str | Path) -> str:
-    path = Path(name)
-    if path.is_dir():
-        return str(path)
-    is_hub_name = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if path.exists() or not is_hub_name:
-        given = f"model {str(name)!r} is {'a file' if path.exists() else 'not there'}"
-        raise ModelError(given, "a folder with a Qwen3-VL checkpoint or a hub name like Qwen/Qwen3-VL-2B-Instruct",
-                         "Check the path")
-    return str(name)
-
-
-def _load_part(kind: Any, source: str, what: str) -> Any:
-    try:
-        return kind.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        given = f"{source}: {what} cannot be loaded ({reason})"
-        raise ModelError(given, "a complete Qwen3-VL checkpoint", "Copy or download it again") from error
-
-
-def _load_weights(source: str, dtype: torch.dtype) -> Any:
-    try:
-        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
-    except Exception as error:  # safetensors and transformers raise many kinds on damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        given = f"{source}: weights cannot be loaded ({reason})"
-        raise ModelError(given, "complete safetensors files", "Copy or download them again") from error
-    lacking = sorted(info["missing_keys"]) or sorted(str(key) for key in info.get("mismatched_keys", ()))
-    if lacking:
-        given = f"{source}: {len(lacking)} weights missing or of another shape, for example {lacking[0]}"
-        raise ModelError(given, "a complete Qwen3-VL checkpoint", "Copy or download it again")
-    return model
-
-
-def _pixel_stats(source: str) -> tuple[Sequence[float], Sequence[float]]:
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    except (OSError, ValueError) as error:
-        given = f"{source}: preprocessor_config.json cannot be loaded"
-        raise ModelError(given, "a complete Qwen3-VL checkpoint", "Copy or download it again") from error
-    values = values.get("image_processor", values)
-    return list(values.get("image_mean", (0.5,) * 3)), list(values.get("image_std", (0.5,) * 3))
-
-
-def vision_weights(model: Any, pixel_stats: tuple[Sequence[float], Sequence[float]]) -> VisionWeights:
+def vision_weights(model: Any, pixel_stats: PixelStats) -> VisionWeights:
     """Take a stock model's vision tower apart; parameters are shared, and gradients flow to them.
 
     Args:
@@ -370,7 +254,9 @@ def vision_weights(model: Any, pixel_stats: tuple[Sequence[float], Sequence[floa
 
 
 def _merger(module: Any) -> Merger:
-    return Merger(module.norm, module.linear_fc1, module.act_fn, module.linear_fc2, module.use_postshuffle_norm)
+    return Merger(
+        module.norm, module.linear_fc1, module.act_fn, module.linear_fc2, module.use_postshuffle_norm
+    )
 
 
 def _continuation_mask(new: int, past: int, device: torch.device) -> Tensor | None:
@@ -393,59 +279,3 @@ def _checksum(tensor: Tensor, chunk: int = 1 << 24) -> bytes:
         for lane, factor in enumerate((0x9E3779B97F4A7C1, 0x2545F4914F6CDD1D)):
             totals[lane] += int((part * (place * factor)).sum())
     return b"".join((total % (1 << 64)).to_bytes(8, "little") for total in totals)
-
-
-def axial_rotary(rows: Tensor, cols: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [N, head_dim], of the vision tower's 2D RoPE at patch rows and columns [N].
-
-    Half of the frequencies follow the row, half the column (Qwen2-VL, arXiv 2409.12191, section 2.1).
-    """
-    exponent = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=rows.device) / (head_dim // 2)
-    frequency = 1.0 / (_VISION_THETA**exponent)
-    angle = torch.cat((rows[:, None].float() * frequency, cols[:, None].float() * frequency), dim=-1)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def interpolated_positions(table: Tensor, rows: int, cols: int) -> Tensor:
-    """Learned positions [rows, cols, hidden] for a grid of patches, bilinear with aligned corners.
-
-    Args:
-        table: [side**2, hidden], the checkpoint's square grid.
-    """
-    side = math.isqrt(table.shape[0])
-    grid = table.view(side, side, -1)
-    row, col = (torch.linspace(0, side - 1, count, device=table.device) for count in (rows, cols))
-    row_low, col_low = row.long(), col.long()
-    row_high, col_high = (row_low + 1).clamp(max=side - 1), (col_low + 1).clamp(max=side - 1)
-    down, right = (row - row_low)[:, None, None], (col - col_low)[None, :, None]
-    corners = ((row_low, col_low, (1 - down) * (1 - right)), (row_low, col_high, (1 - down) * right),
-               (row_high, col_low, down * (1 - right)), (row_high, col_high, down * right))
-    terms = (grid[r][:, c] * weight for r, c, weight in corners)
-    return _sum(terms)
-
-
-def _sum(terms: Iterable[Tensor]) -> Tensor:
-    first, *rest = terms
-    for term in rest:
-        first = first + term
-    return first
-
-
-def patchify(pixels: Tensor, weights: VisionWeights, dtype: torch.dtype) -> Tensor:
-    """Normalised patches [K, N, 3 * 2 * patch**2] of images uint8 [K, 3, h, w], in the tower's merge order.
-
-    h and w are whole merged tokens; N = h * w / patch**2. Order of patches: token row, token column, row
-    and column inside the token, as the stock image processor lays them out.
-    """
-    count, _, height, width = pixels.shape
-    patch, merge = weights.patch, weights.merge
-    assert height % weights.token_px == 0 and width % weights.token_px == 0, (height, width)
-    mean = torch.tensor(weights.mean, device=pixels.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(weights.std, device=pixels.device).view(1, 3, 1, 1) * 255
-    normal = ((pixels - mean) / std).to(dtype)
-    blocks = normal.view(
-        count, 3, height // weights.token_px, merge, patch, width // weights.token_px, merge, patch
-    ).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    flat = blocks.reshape(count, -1, 3, 1, patch * patch)
-    return flat.expand(-1, -1, -1, _TEMPORAL, -1).reshape(count, flat.shape[1], -1)

@@ -48,7 +48,7 @@ class Channel(StrEnum):
     DETAIL = "detail"
 
     @property
-    def index(self) -> int:
+    def row(self) -> int:
         """Row of this channel in `Texture.maps`."""
         return _CHANNEL_ROW[self]
 
@@ -123,7 +123,7 @@ class Texture:
 
     def __getitem__(self, channel: Channel) -> Tensor:
         """One channel as fp32 [R*cells, C*cells]."""
-        return self.maps[channel.index].float()
+        return self.maps[channel.row].float()
 
 
 @dataclass(frozen=True, slots=True)

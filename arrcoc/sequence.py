@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from arrcoc.records import Features, Grid, Layout, Lod, Plan, Prompt, Segment, Tiles, VisionSequence
@@ -92,7 +93,9 @@ def crops(grid: Grid, plan: Plan, glimpse: Features, tiles: Sequence[Tiles]) -> 
     return VisionSequence(torch.cat(tokens), torch.cat(deepstack, dim=1), positions, tuple(segments))
 
 
-def assemble(grid: Grid, plan: Plan, glimpse: Features | None, tiles: Sequence[Tiles], order: Order) -> VisionSequence:
+def assemble(
+    grid: Grid, plan: Plan, glimpse: Features | None, tiles: Sequence[Tiles], order: Order
+) -> VisionSequence:
     """Lay out one image as its plan says; the result has exactly `plan.tokens` tokens."""
     if not plan.glimpse:
         sequence = replace(grid, plan, tiles, order)
@@ -133,8 +136,9 @@ def prompt(
         captions: for every image, one run of embeddings per segment after the first: what stands between
             the segments (end of vision, caption, start of vision).
     """
+    assert len(text) == len(images) + 1, (len(text), len(images))
     builder = _PromptBuilder()
-    for run, image, between in zip(text, images, captions, strict=False):
+    for run, image, between in zip(text[:-1], images, captions, strict=True):
         builder.add_text(run)
         for number, segment in enumerate(image.segments):
             if number:
@@ -170,8 +174,12 @@ class _PromptBuilder:
 
     def build(self) -> Prompt:
         embeds = torch.cat(self.embeds)
-        planes = torch.cat(self.deepstack, dim=1) if self.deepstack else embeds.new_zeros(0, 0, embeds.shape[1])
-        return Prompt(embeds[None], torch.cat(self.positions, dim=1), torch.cat(self.vision), planes, self.next)
+        planes = (
+            torch.cat(self.deepstack, dim=1) if self.deepstack else embeds.new_zeros(0, 0, embeds.shape[1])
+        )
+        return Prompt(
+            embeds[None], torch.cat(self.positions, dim=1), torch.cat(self.vision), planes, self.next
+        )
 
 
 def _flatten(tiles: Sequence[Tiles], cols: int, high: int, order: Order) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,11 +228,9 @@ def caption(tile: int, rows: int, cols: int) -> str:
 
 def _cut(plane: Tensor, grid: Grid, side: int) -> Tensor:
     """[R*side * C*side, D] in raster order over the frame to [R*C, side**2, D]."""
-    split = plane.view(grid.rows, side, grid.cols, side, -1)
-    return split.transpose(1, 2).reshape(grid.count, side * side, -1)
+    return rearrange(plane, "(r i c j) d -> (r c) (i j) d", r=grid.rows, i=side, c=grid.cols, j=side)
 
 
 def _paste(tiles: Tensor, grid: Grid, side: int) -> Tensor:
     """Inverse of `_cut`."""
-    split = tiles.view(grid.rows, grid.cols, side, side, -1)
-    return split.transpose(1, 2).reshape(grid.count * side * side, -1)
+    return rearrange(tiles, "(r c) (i j) d -> (r i c j) d", r=grid.rows, i=side, c=grid.cols, j=side)

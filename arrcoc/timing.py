@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -79,21 +80,30 @@ class StageTimer:
             self._spans.append(_Span(name, begin, self._mark()))
             self._running = None
 
-    def milliseconds(self) -> dict[str, float]:
+    def __len__(self) -> int:
+        """Number of stages run so far, repeats counted."""
+        return len(self._spans)
+
+    def milliseconds(self, *runs: slice) -> dict[str, float]:
         """Milliseconds by stage, in the order in which the stages first ran, and "total" last.
 
         The total runs from the beginning of the first stage to the end of the last one, so it also holds
         what happened between stages. Waits once, for the end of the last stage; asking again gives the
         same numbers.
+
+        Args:
+            runs: of the stages in the order in which they ran, the parts to report, for one of several
+                pieces of work in a request; the total is then the sum over them. None reports all.
         """
         assert self._running is None, f"stage {self._running!r} has not ended"
-        if not self._spans:
-            return {TOTAL: 0.0}
-        self._spans[-1].end.synchronize()
+        parts = [spans for run in runs or (slice(None),) if (spans := self._spans[run])]
+        if parts:
+            self._spans[-1].end.synchronize()
         times: dict[str, float] = {}
-        for span in self._spans:
+        for span in chain.from_iterable(parts):
             times[span.name] = times.get(span.name, 0.0) + span.begin.elapsed_time(span.end)
-        return times | {TOTAL: self._spans[0].begin.elapsed_time(self._spans[-1].end)}
+        total = sum((spans[0].begin.elapsed_time(spans[-1].end) for spans in parts), 0.0)
+        return times | {TOTAL: total}
 
     def _mark(self) -> _Mark:
         if self._device.type != "cuda":

@@ -171,6 +171,20 @@ def test_resize_is_antialiased() -> None:
     assert inner.mean() == pytest.approx(127.5, abs=3)
 
 
+@pytest.mark.parametrize("shape", [(3000, 40), (40, 3000), (1500, 1500)])
+def test_steep_reduction(shape: tuple[int, int]) -> None:
+    # A ramp along the longer axis stays a ramp: 3000 px to 32 px is 94:1, more than CUDA's filter can do,
+    # and 40 px beside them become one, which torch's filter on the CPU gets wrong for a single column.
+    axis = 1 if shape[0] >= shape[1] else 2
+    ramp = torch.linspace(0, 255, max(shape)).round().to(torch.uint8)
+    pixels = (ramp[:, None] if axis == 1 else ramp[None, :]).expand(3, *shape).contiguous()
+    made = frame(pixels, build({"sides": (1, 2, 3, 4), "max_tiles": 1}), TOKEN_PX, CPU)
+    assert made.content[axis - 1] == 32
+    line = made.pixels[0].select(2 - axis, 0).float()
+    expected = (torch.arange(32) + 0.5) / 32 * 255
+    assert (line - expected)[2:-2].abs().max() <= 1.5
+
+
 def test_area_two_to_one() -> None:
     # (1+2+3+4)/4 = 2.5 -> 3 (half up); (10+20+30+41)/4 = 25.25 -> 25.
     pixels = torch.tensor([[[1, 2, 10, 20], [3, 4, 30, 41]]], dtype=torch.uint8)
@@ -313,7 +327,9 @@ def test_cuda_agrees() -> None:
     for side_px in (8, 16, 24, 32):
         index = torch.tensor([7, 1])
         assert torch.equal(tile_pixels(here, side_px, index), tile_pixels(there, side_px, index).cpu())
-    # Bicubic weights are computed in another order there: at most one level apart.
+    steep = build({"sides": (1, 2, 3, 4), "max_tiles": 1})
+    assert frame(noise(3, 3000, 20), steep, TOKEN_PX, cuda).content == (32, 1)
+    # Bicubic sums may be taken in another order there: at most one level apart.
     small, large = (
         frame(noise(3, 400, 600), CONFIG, TOKEN_PX, CPU),
         frame(noise(3, 400, 600), CONFIG, TOKEN_PX, cuda),

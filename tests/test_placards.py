@@ -113,6 +113,11 @@ def test_every_argument_matters(change: tuple[int, int, Split, int]) -> None:
     assert first.image.shape != other.image.shape or not np.array_equal(first.image, other.image)
 
 
+def test_splits_do_not_ask_the_same_things_in_the_same_order() -> None:
+    train, test = ([sample(1, i, split, 128).family for i in range(16)] for split in ("train", "test"))
+    assert train != test
+
+
 @pytest.mark.parametrize(
     ("canvas", "shape"), [(128, (128, 128)), (256, (256, 256)), ((256, 640), (256, 640))]
 )

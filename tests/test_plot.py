@@ -188,6 +188,10 @@ def test_unknown_suffix_and_unwritable_place(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_question_is_not_read_as_mathematics(tmp_path: Path) -> None:
+    assert plot.save(figure(title=r"What is $\nosuch{$?"), tmp_path / "a.png").is_file()
+
+
 def test_question_in_a_script_without_font_is_saved(tmp_path: Path) -> None:
     assert plot.save(figure(title="𐎠𐎡𐎢?"), tmp_path / "a.png").is_file()
 

@@ -27,7 +27,7 @@ def blank(rows: int, cols: int, cells: int = CELLS) -> Texture:
 def tile(texture: Texture, channel: Channel, row: int, col: int) -> Tensor:
     """A view of one tile of one channel, to write to."""
     n = texture.cells
-    return texture.maps[channel.index, row * n : (row + 1) * n, col * n : (col + 1) * n]
+    return texture.maps[channel.row, row * n : (row + 1) * n, col * n : (col + 1) * n]
 
 
 def noisy(rows: int, cols: int, seed: int = 0) -> Texture:
@@ -67,8 +67,8 @@ def test_luminance_within_one_bin_is_no_variety() -> None:
 
 def test_extreme_luminances_fall_into_the_outer_bins() -> None:
     made = blank(1, 1)
-    made.maps[Channel.LIGHTNESS.index, ::2] = -1
-    made.maps[Channel.LIGHTNESS.index, 1::2] = 1
+    made.maps[Channel.LIGHTNESS.row, ::2] = -1
+    made.maps[Channel.LIGHTNESS.row, 1::2] = 1
     assert scorers.luminance_entropy(made).item() == 1
 
 
@@ -76,10 +76,10 @@ def test_orientation_entropy_weighs_by_magnitude() -> None:
     made = blank(1, 1)
     # Half of the cells along x (0 degrees) at magnitude 0.25, half along y (90 degrees) at 0.75:
     # p = 1/4, 3/4: 1/4*2 + 3/4*log2(4/3) = 0.8113 bits. Unweighted it would be 1 bit.
-    made.maps[Channel.SOBEL_X.index, :4] = 0.25
-    made.maps[Channel.SOBEL_MAGNITUDE.index, :4] = 0.25
-    made.maps[Channel.SOBEL_Y.index, 4:] = 0.75
-    made.maps[Channel.SOBEL_MAGNITUDE.index, 4:] = 0.75
+    made.maps[Channel.SOBEL_X.row, :4] = 0.25
+    made.maps[Channel.SOBEL_MAGNITUDE.row, :4] = 0.25
+    made.maps[Channel.SOBEL_Y.row, 4:] = 0.75
+    made.maps[Channel.SOBEL_MAGNITUDE.row, 4:] = 0.75
     assert scorers.orientation_entropy(made).item() == pytest.approx(0.8113, abs=1e-4)
 
 
@@ -87,10 +87,10 @@ def test_orientations_are_angles() -> None:
     # atan2(1, 1) = 45, atan2(1, 0.2) = 78.7, atan2(0.2, 1) = 11.3 degrees and 0 along x: four bins of
     # ten degrees (4, 7, 1, 0), a quarter of the magnitude each: 2 bits.
     made = blank(1, 1)
-    made.maps[Channel.SOBEL_MAGNITUDE.index] = 0.5
+    made.maps[Channel.SOBEL_MAGNITUDE.row] = 0.5
     for rows, (x, y) in zip(range(0, 8, 2), [(1, 1), (0.2, 1), (1, 0.2), (1, 0)], strict=True):
-        made.maps[Channel.SOBEL_X.index, rows : rows + 2] = x
-        made.maps[Channel.SOBEL_Y.index, rows : rows + 2] = y
+        made.maps[Channel.SOBEL_X.row, rows : rows + 2] = x
+        made.maps[Channel.SOBEL_Y.row, rows : rows + 2] = y
     assert scorers.orientation_entropy(made).item() == pytest.approx(2, abs=1e-6)
 
 
@@ -98,11 +98,11 @@ def test_propositional_by_hand() -> None:
     # Two luminances (1 of 4 bits), two orientations equally weighted (1 of log2 9 = 3.1699 bits),
     # detail 0.3 everywhere: 0.3 / (0.3 + 0.1) * (0.25 + 0.31546) / 2 = 0.21205.
     made = blank(1, 1)
-    made.maps[Channel.LIGHTNESS.index, :4] = 0.5
-    made.maps[Channel.SOBEL_X.index, :, :4] = 0.5
-    made.maps[Channel.SOBEL_Y.index, :, 4:] = 0.5
-    made.maps[Channel.SOBEL_MAGNITUDE.index] = 0.5
-    made.maps[Channel.DETAIL.index] = 0.3
+    made.maps[Channel.LIGHTNESS.row, :4] = 0.5
+    made.maps[Channel.SOBEL_X.row, :, :4] = 0.5
+    made.maps[Channel.SOBEL_Y.row, :, 4:] = 0.5
+    made.maps[Channel.SOBEL_MAGNITUDE.row] = 0.5
+    made.maps[Channel.DETAIL.row] = 0.3
     assert scorers.propositional(made, QUERY).item() == pytest.approx(0.21205, abs=1e-3)
 
 
@@ -120,8 +120,8 @@ def test_propositional_needs_detail_and_grows_with_it() -> None:
 @pytest.mark.parametrize("level", [-0.8, 0.0, 0.7])
 def test_constant_image_scores_nothing(scorer: scorers.Scorer, level: float) -> None:
     made = blank(3, 4)
-    made.maps[Channel.LIGHTNESS.index] = level
-    made.maps[Channel.GREEN_RED.index] = level / 2
+    made.maps[Channel.LIGHTNESS.row] = level
+    made.maps[Channel.GREEN_RED.row] = level / 2
     assert scorer(made, QUERY).abs().max() < 1e-4
 
 

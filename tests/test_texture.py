@@ -70,7 +70,7 @@ def test_colour_of_a_plain_image(rgb: tuple[int, int, int], expected: tuple[floa
     wanted = torch.tensor(expected, dtype=torch.float32)[:, None, None].expand(-1, 16, 16)
     torch.testing.assert_close(maps[:6], wanted, atol=2e-3, rtol=0)
     for channel in (Channel.SOBEL_X, Channel.SOBEL_Y, Channel.SOBEL_MAGNITUDE, Channel.DETAIL):
-        assert maps[channel.index].abs().max() < 1e-3
+        assert maps[channel.row].abs().max() < 1e-3
 
 
 def test_colour_is_an_area_mean() -> None:

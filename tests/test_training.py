@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from arrcoc import Engine, allocation
+from arrcoc import Engine, allocation, chat, prompting
 from arrcoc.demo.placards import NO_GLYPH, sample
 from arrcoc.demo.training.batches import Prompts, collate
 from arrcoc.demo.training.forward import AnswerLoss
@@ -33,7 +33,9 @@ def answer_logits(loss, batch, encoded):
     """Logits of the last prompt token of every example, through the training path."""
     seen = {}
     original = loss._score
-    loss._score = lambda hidden, labels, enc: seen.update(hidden=hidden, labels=labels) or original(hidden, labels, enc)
+    loss._score = lambda hidden, labels, enc: (
+        seen.update(hidden=hidden, labels=labels) or original(hidden, labels, enc)
+    )
     with torch.no_grad():
         loss(batch, encoded)
     del loss._score
@@ -49,7 +51,9 @@ def test_whole_images_train_as_the_stock_model_sees_them(parts, stock_model, tin
     ours = answer_logits(loss, batch, encoder.encode(batch))
     processor = AutoProcessor.from_pretrained(tiny_checkpoint)
     for row, example in enumerate(examples):
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.question}]}]
+        messages = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.question}]}
+        ]
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(text=[text], images=[Image.fromarray(example.image)], return_tensors="pt")
         with torch.no_grad():
@@ -72,19 +76,23 @@ def test_tiles_train_as_the_engine_sees_them(parts, mode, monkeypatch):
     ours = answer_logits(loss, batch, encoder.encode(batch, lod))
     plan = allocation.plan
     for row, example in enumerate(examples):
+
         def planned(relevance, grid, config, budget, row=row):
             made: Plan = plan(relevance, grid, config, budget)
-            tokens = int(sum(s * s * int((lod[row] == i).sum()) for i, s in enumerate(config.sides) if i)) + 16
+            tokens = (
+                int(sum(s * s * int((lod[row] == i).sum()) for i, s in enumerate(config.sides) if i)) + 16
+            )
             return dataclasses.replace(
-                made, lod=lod[row].view(4, 4), tokens=256 if mode == "high" else tokens,
-                glimpse=mode != "high", tensions=Tensions(0.0, 0.0, 0.0),
+                made,
+                lod=lod[row].view(4, 4),
+                tokens=256 if mode == "high" else tokens,
+                glimpse=mode != "high",
+                tensions=Tensions(0.0, 0.0, 0.0),
             )
 
         monkeypatch.setattr("arrcoc.pipeline.allocation.plan", planned)
         encoding = engine.encode(example.image, example.question)
-        from arrcoc import chat
-
-        prompt, _ = engine._prompt(chat.single(None, example.question), [encoding])
+        prompt, _ = prompting.build(engine._qwen, chat.single(None, example.question).messages, [encoding])
         state = engine._decoder.prefill(prompt)
         torch.testing.assert_close(ours[row], state.logits, rtol=1e-3, atol=1e-3)
 

@@ -85,7 +85,12 @@ class TransformersDecoder:
         rest = range(prefix.depth, self._qwen.n_layers)
         if len(rest):
             self._qwen.run_layers(
-                prefix.hidden, prefix.positions, prefix.cache, rest, vision=prefix.vision, deepstack=prefix.deepstack
+                prefix.hidden,
+                prefix.positions,
+                prefix.cache,
+                rest,
+                vision=prefix.vision,
+                deepstack=prefix.deepstack,
             )
         return prefix.deepstack.shape[1]
 

@@ -42,7 +42,7 @@ SPECIAL_TOKENS = (
 )
 """Qwen's special tokens, in the order of their ids."""
 
-_RECIPE = 1  # Raise when the bytes of a checkpoint change, so that cached ones are made anew.
+_RECIPE = 2  # Raise when the bytes of a checkpoint change, so that cached ones are made anew.
 _RECIPE_FILE = "arrcoc_checkpoint.json"
 _WORD_PIECES = 1024
 # The mergers' `linear_fc2` writes no residual stream and stays out of this for want of `mlp.`.
@@ -80,9 +80,7 @@ _SIZES: dict[str, _Size] = {
 }
 
 
-def make_checkpoint(
-    folder: str | Path, seed: int = 0, size: SizeName = "tiny", more_text: str = ""
-) -> Path:
+def make_checkpoint(folder: str | Path, seed: int = 0, size: SizeName = "tiny", more_text: str = "") -> Path:
     """Write an untrained Qwen3-VL that stock transformers loads by `from_pretrained(folder)`.
 
     The folder appears whole or not at all, and two processes may make the same one at once. A folder

@@ -36,28 +36,28 @@ def demo_cases() -> list[DemoCase]:
         DemoCase(
             "astronaut",
             Image.fromarray(skimage.data.astronaut()),
-            ("What is written on the round patch on her chest?", "What stands behind her on the right?"),
+            ("What is written on her orange suit?", "Which model stands in the top right corner?"),
             "Eileen Collins; NASA Great Images database, https://flic.kr/p/r9qvLn",
             "public domain, no known copyright restrictions (NASA)",
         ),
         DemoCase(
             "cat",
             Image.fromarray(skimage.data.chelsea()),
-            ("What colour are the cat's eyes?", "What colour is the ear at the top right?"),
+            ("Which ear is at the top right?", "What colour are the whiskers at the bottom left?"),
             "Chelsea the cat; Stefan van der Walt",
             "CC0 by the photographer",
         ),
         DemoCase(
             "coffee",
             Image.fromarray(skimage.data.coffee()),
-            ("How much coffee is left in the cup?", "What is the table made of?"),
+            ("What is in the white cup?", "What is behind the saucer at the top left?"),
             "Pikolo Espresso Bar; Rachel Michetti",
             "CC0 by the photographer",
         ),
         DemoCase(
             "rocket",
             Image.fromarray(skimage.data.rocket()),
-            ("What is painted near the tip of the rocket?", "How many lamps shine at the bottom left?"),
+            ("What is in the blue sky at the top?", "How many lamps shine at the bottom left?"),
             "Falcon 9 with DSCOVR at Cape Canaveral; SpaceX, "
             "https://www.flickr.com/photos/spacexphotos/16511594820",
             "public domain (SpaceX)",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from arrcoc.lod.tower import StaticTower, geometry
-from arrcoc.qwen import QwenVL, patchify
+from arrcoc.qwen import QwenVL
 from arrcoc.records import Features
+from arrcoc.vision import patchify
 
 
 class TorchLodEngine:
@@ -30,14 +31,19 @@ class TorchLodEngine:
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Features:
         """See `LodEngine.encode`."""
-        parts = [self._encode_bucket(pixels[start:stop], size) for start, stop, size in batches(len(pixels), self._buckets)]
+        parts = [
+            self._encode_bucket(pixels[start:stop], size)
+            for start, stop, size in batches(len(pixels), self._buckets)
+        ]
         if len(parts) == 1:
             return parts[0]
         return Features(torch.cat([p.tokens for p in parts]), torch.cat([p.deepstack for p in parts], dim=1))
 
     def _encode_bucket(self, pixels: Tensor, size: int) -> Features:
         count = len(pixels)
-        padded = torch.cat((pixels, pixels.new_zeros(size - count, *pixels.shape[1:]))) if size > count else pixels
+        padded = (
+            torch.cat((pixels, pixels.new_zeros(size - count, *pixels.shape[1:]))) if size > count else pixels
+        )
         features = self._tower.encode(patchify(padded, self._weights, self._dtype), self._geometry)
         return Features(features.tokens[:count], features.deepstack[:, :count])
 

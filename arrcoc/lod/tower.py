@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from arrcoc.qwen import Merger, VisionWeights, axial_rotary, interpolated_positions
 from arrcoc.records import Features
+from arrcoc.vision import Merger, VisionWeights, axial_rotary, interpolated_positions
 
 
 class Geometry(NamedTuple):
@@ -41,9 +42,7 @@ def geometry(weights: VisionWeights, rows: int, cols: int) -> Geometry:
 
 def merge_order(grid: Tensor, merge: int) -> Tensor:
     """Flatten patches [h, w, ...] to [h*w, ...] so that the merge**2 patches of each token are neighbours."""
-    height, width, *rest = grid.shape
-    blocks = grid.reshape(height // merge, merge, width // merge, merge, *rest)
-    return blocks.transpose(1, 2).reshape(height * width, *rest)
+    return rearrange(grid, "(h i) (w j) ... -> (h w i j) ...", i=merge, j=merge)
 
 
 class StaticTower(nn.Module):
@@ -83,7 +82,9 @@ class StaticTower(nn.Module):
         batch, count, _ = hidden.shape
         joint = qkv(hidden).view(batch, count, 3, self.weights.heads, self.weights.head_dim)
         query, key, value = joint.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = nn.functional.scaled_dot_product_attention(rotate(query, cos, sin), rotate(key, cos, sin), value)
+        attended = nn.functional.scaled_dot_product_attention(
+            rotate(query, cos, sin), rotate(key, cos, sin), value
+        )
         return proj(attended.transpose(1, 2).reshape(batch, count, -1))  # type: ignore[no-any-return]
 
     def merge(self, merger: Merger, hidden: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def shade(canvas: Image, region: Box, axes: NDArray[np.float64]) -> None:
 
 
 def ink_for(paint: NDArray[np.float64], tint: float) -> NDArray[np.float64]:
-    """Near-black or near-white [3], whichever stands out from `paint` [3]; `tint` px of 0..40 soften it."""
+    """Near-black or near-white [3], whichever stands out from `paint` [3], softened by `tint` grey levels."""
     bright = float(paint @ _LUMINANCE) > 118
     return (
         np.array([tint * 0.6, tint * 0.6, tint])

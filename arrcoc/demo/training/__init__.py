@@ -1,0 +1,1 @@
+"""Trains the small reader on placards: on mixed allocations, in all layouts, resumable."""

@@ -27,7 +27,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = _arguments()
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s"
+    )
     recipe = replace(Recipe(), steps=arguments.steps, seed=arguments.seed, batch_scale=arguments.batch_scale)
     skeleton = make_skeleton(arguments.folder / "skeleton")
     run = Run(arguments.folder, skeleton, arguments.photographs, arguments.workers, arguments.stop_after)
@@ -45,16 +47,30 @@ def _finish(trainer: Trainer, arguments: argparse.Namespace, done: bool) -> None
     found = {}
     for canvas, batches, size in ((1024, 16, 24), (512, 6, 32), (2048, 6, 6)):
         found[canvas] = measure.accuracy(
-            trainer.loss, trainer.encoder, trainer.recipe, trainer.prompts, trainer.device, canvas,
-            range(min(batches, arguments.measure)), size, arguments.workers, None,
+            trainer.loss,
+            trainer.encoder,
+            trainer.recipe,
+            trainer.prompts,
+            trainer.device,
+            canvas,
+            range(min(batches, arguments.measure)),
+            size,
+            arguments.workers,
+            None,
         )
         logger.info("%d px, test split\n%s", canvas, measure.table(found[canvas]))
     record = {
-        "recipe": describe(trainer.recipe), "steps": trainer.step, "done": done,
-        "seconds": trainer.spent, "processes": trainer.world,
+        "recipe": describe(trainer.recipe),
+        "steps": trainer.step,
+        "done": done,
+        "seconds": trainer.spent,
+        "processes": trainer.world,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__, "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"), "commit": os.environ.get("ARRCOC_COMMIT"), "held_out": found,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": os.environ.get("ARRCOC_COMMIT"),
+        "held_out": found,
     }
     export(trainer.averaged_state(), trainer.run.skeleton, arguments.folder / "checkpoint", record)
     (arguments.folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -29,7 +29,8 @@ class Batch:
     Attributes:
         images: uint8 [B, 3, S, S].
         tails: int64 [B, M], token ids after the image (question, answer, end of turn), padded on the right.
-        labels: int64 [B, M], the answer's tokens and its end of turn where they stand in `tails`, else IGNORE.
+        labels: int64 [B, M], the answer's tokens and its end of turn where they stand in `tails`, else
+            IGNORE.
         glyphs: int64 [B, S/16, S/16], the glyph in each patch.
         targets: bool [B, R, C], tiles that must be seen in detail.
         families: the question family of each example.
@@ -54,10 +55,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True)
-                 for name in ("images", "tails", "labels", "glyphs", "targets")}
-        plain = {name: getattr(self, name)
-                 for name in ("families", "questions", "answers", "canvas", "mode", "plan_seed")}
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("images", "tails", "labels", "glyphs", "targets")
+        }
+        plain = {
+            name: getattr(self, name)
+            for name in ("families", "questions", "answers", "canvas", "mode", "plan_seed")
+        }
         return Batch(**moved, **plain)
 
 
@@ -73,8 +78,9 @@ class Prompts:
     def tail(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids after the image, and labels of the same length."""
         tokenizer, image_pad = self._qwen_parts
-        text = tokenizer.apply_chat_template([_user(question)], tokenize=True, add_generation_prompt=True,
-                                             return_dict=True)["input_ids"]
+        text = tokenizer.apply_chat_template(
+            [_user(question)], tokenize=True, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
         asked = text[text.index(image_pad) + 1 :]
         reply = [*tokenizer(answer, add_special_tokens=False).input_ids, *self._end]
         return [*asked, *reply], [IGNORE] * len(asked) + reply
@@ -86,13 +92,16 @@ class BatchDataset(Dataset[Batch]):
     def __init__(
         self, recipe: Recipe, prompts: Prompts, steps: range, rank: int, photographs: Path | None = None
     ) -> None:
-        """Args: the recipe; how prompts are written; which steps; which of the processes; more photographs."""
-        self.recipe, self.prompts, self.steps, self.rank, self.photographs = recipe, prompts, steps, rank, photographs
+        """Args: recipe; how prompts are written; which steps; which process; more photographs."""
+        self.recipe, self.prompts, self.steps, self.rank = recipe, prompts, steps, rank
+        self.photographs = photographs
 
     def __len__(self) -> int:
+        """Number of steps."""
         return len(self.steps)
 
     def __getitem__(self, item: int) -> Batch:
+        """The batch of one step."""
         torch.set_num_threads(1)
         step = self.steps[item]
         phase = self.recipe.phase(step)
@@ -124,7 +133,9 @@ def collate(
     for row, (ids, wanted) in enumerate(pairs):
         tails[row, : len(ids)] = torch.tensor(ids)
         labels[row, : len(wanted)] = torch.tensor(wanted)
-    pixels = torch.from_numpy(np.stack([example.image for example in examples])).permute(0, 3, 1, 2).contiguous()
+    pixels = (
+        torch.from_numpy(np.stack([example.image for example in examples])).permute(0, 3, 1, 2).contiguous()
+    )
     return Batch(
         images=pixels,
         tails=tails,

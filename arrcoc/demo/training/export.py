@@ -16,7 +16,7 @@ RECORD = "training.json"
 
 
 def export(state: dict[str, Tensor], skeleton: Path, folder: Path, record: dict[str, Any]) -> Path:
-    """Write `folder`: the skeleton's files, the weights in bfloat16 and `training.json`; whole or not at all."""
+    """Write the skeleton's files, the weights in bfloat16 and `training.json`; whole or not at all."""
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(skeleton, scratch, ignore=shutil.ignore_patterns(WEIGHTS, "arrcoc_checkpoint.json"))

@@ -80,7 +80,9 @@ class AnswerLoss(nn.Module):
         device = encoded.tokens.device
         head = torch.tensor(self._head, device=device).expand(size, -1)
         start, after = len(self._head), len(self._head) + encoded.extent
-        embeds = torch.cat((self._embed(head), encoded.tokens.to(self._embed(head).dtype), self._embed(batch.tails)), 1)
+        embeds = torch.cat(
+            (self._embed(head), encoded.tokens.to(self._embed(head).dtype), self._embed(batch.tails)), 1
+        )
         before = torch.arange(start, device=device).float().expand(3, size, -1)
         where = torch.cat((torch.zeros_like(encoded.where[:, :1]), encoded.where), 1).transpose(0, 1) + start
         tail = (torch.arange(batch.tails.shape[1], device=device).float() + after).expand(3, size, -1)
@@ -97,7 +99,9 @@ class AnswerLoss(nn.Module):
 
         def padded(tensors: list[Tensor], dim: int, value: float) -> Tensor:
             pads = [(0, 0) * (t.dim() - 1 - dim) + (0, longest - t.shape[dim]) for t in tensors]
-            return torch.stack([nn.functional.pad(t, p, value=value) for t, p in zip(tensors, pads, strict=True)])
+            return torch.stack(
+                [nn.functional.pad(t, p, value=value) for t, p in zip(tensors, pads, strict=True)]
+            )
 
         embeds, positions, vision, labels = ([row[i] for row in rows] for i in range(4))
         spread = padded(positions, 1, 0.0).transpose(0, 1)
@@ -120,14 +124,22 @@ class AnswerLoss(nn.Module):
             where = encoded.where[row, :, start:stop]
             spot = torch.cat((torch.zeros_like(where[:1]), where)) + position
             tokens = encoded.tokens[row, start:stop]
-            pieces.append((tokens.to(pieces[0][0].dtype), spot, tokens.new_ones(len(tokens), dtype=torch.bool),
-                           batch.labels.new_full((len(tokens),), IGNORE)))
+            pieces.append(
+                (
+                    tokens.to(pieces[0][0].dtype),
+                    spot,
+                    tokens.new_ones(len(tokens), dtype=torch.bool),
+                    batch.labels.new_full((len(tokens),), IGNORE),
+                )
+            )
             position += extent
         pieces.append(self._text_piece(batch.tails[row], position, batch.labels[row]))
         embeds, positions, vision, labels = zip(*pieces, strict=True)
         return torch.cat(embeds), torch.cat(positions, 1), torch.cat(vision), torch.cat(labels)
 
-    def _text_piece(self, ids: Tensor, position: float, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _text_piece(
+        self, ids: Tensor, position: float, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         spot = (torch.arange(len(ids), device=ids.device).float() + position).expand(3, -1)
         plain = torch.full_like(ids, IGNORE) if labels is None else labels
         return self._embed(ids), spot, torch.zeros_like(ids, dtype=torch.bool), plain

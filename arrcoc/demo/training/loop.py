@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -60,8 +67,9 @@ class Trainer:
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.device = _device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.manual_seed(recipe.seed)
-        config = Qwen3VLConfig.from_pretrained(run.skeleton)
-        self.model = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").float()
+        config: Any = Qwen3VLConfig.from_pretrained(run.skeleton)
+        stock: Any = Qwen3VLForConditionalGeneration
+        self.model = stock._from_config(config, attn_implementation="sdpa").float()
         self.model.to(self.device).train()
         self.qwen = QwenVL(self.model, AutoTokenizer.from_pretrained(run.skeleton), ([0.5] * 3, [0.5] * 3))
         self.prompts = Prompts(self.qwen)
@@ -86,7 +94,9 @@ class Trainer:
                     record = self._log(losses, batch, begun)
                     progress.update(task, completed=self.step, loss=record["answer"])
                 now = time.monotonic()
-                out_of_time = self._agree(self.run.stop_after is not None and now - begun > self.run.stop_after)
+                out_of_time = self._agree(
+                    self.run.stop_after is not None and now - begun > self.run.stop_after
+                )
                 if out_of_time or now - saved > self.run.save_every:
                     self._save(now - begun)
                     saved = now
@@ -106,7 +116,7 @@ class Trainer:
             group["lr"] = self.recipe.rate(self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             losses: Losses = self.loss(batch, self.encoder.encode(batch))
-        (losses.answer + self.recipe.glyph_weight * losses.glyph).backward()
+        (losses.answer + self.recipe.glyph_weight * losses.glyph).backward()  # type: ignore[no-untyped-call]
         self._share_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         # A step whose gradient is not finite is skipped without asking the device: its update is scaled to 0.
@@ -127,7 +137,9 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         if self.world == 1:
             return
-        flat = torch.cat([parameter.grad.flatten() for parameter in self.parameters if parameter.grad is not None])
+        flat = torch.cat(
+            [parameter.grad.flatten() for parameter in self.parameters if parameter.grad is not None]
+        )
         dist.all_reduce(flat, op=dist.ReduceOp.AVG)
         start = 0
         for parameter in self.parameters:
@@ -139,16 +151,25 @@ class Trainer:
         dataset = BatchDataset(self.recipe, self.prompts, steps, self.rank, self.run.photographs)
         workers = self.run.workers
         return DataLoader(
-            dataset, batch_size=None, num_workers=workers, pin_memory=False,
-            prefetch_factor=4 if workers else None, persistent_workers=False,
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=False,
+            prefetch_factor=4 if workers else None,
+            persistent_workers=False,
             multiprocessing_context="fork" if workers else None,
         )
 
     def _optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.parameters if p.dim() > 1]
         vectors = [p for p in self.parameters if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": self.recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=(0.9, 0.95), fused=self.device.type == "cuda")
+        groups = [
+            {"params": matrices, "weight_decay": self.recipe.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            groups, lr=self.recipe.learning_rate, betas=(0.9, 0.95), fused=self.device.type == "cuda"
+        )
 
     def _log(self, losses: Losses, batch: Batch, begun: float) -> dict[str, Any]:
         record = {
@@ -164,12 +185,21 @@ class Trainer:
         if self.rank == 0:
             with (self.run.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            logger.info("step %(step)d canvas %(canvas)d %(mode)s loss %(answer).3f glyph %(glyph).3f right %(right).2f", record)
+            logger.info(
+                "step %(step)d canvas %(canvas)d %(mode)s loss %(answer).3f right %(right).2f",
+                record,
+            )
         return record
 
     def _progress(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
-                   TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         return Progress(*columns, disable=self.rank != 0)
 
     def _agree(self, wish: bool) -> bool:
@@ -203,7 +233,9 @@ class Trainer:
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["recipe"] != repr(self.recipe):
-            logger.warning("The run in %s was begun with another recipe; going on with this one", self.run.folder)
+            logger.warning(
+                "The run in %s was begun with another recipe; going on with this one", self.run.folder
+            )
         with torch.no_grad():
             for mine, saved in zip(self.parameters, state["parameters"], strict=True):
                 mine.copy_(saved)

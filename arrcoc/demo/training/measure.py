@@ -1,4 +1,4 @@
-"""How well a model in training reads: teacher-forced exact match on held-out placards, by family and allocation."""
+"""How well a model in training reads held-out placards: teacher-forced exact match by family and mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ MODES = ("whole", "high", "refine", "replace", "crops")
 class _Held(Dataset[Batch]):
     """Batches of the test split."""
 
-    def __init__(self, recipe: Recipe, prompts: Prompts, canvas: int, size: int, count: int, photographs: Path | None):
+    def __init__(
+        self, recipe: Recipe, prompts: Prompts, canvas: int, size: int, count: int, photographs: Path | None
+    ):
         self.recipe, self.prompts, self.canvas, self.size, self.count = recipe, prompts, canvas, size, count
         self.photographs = photographs
 
@@ -40,8 +42,16 @@ class _Held(Dataset[Batch]):
 
 @torch.no_grad()
 def accuracy(
-    loss: AnswerLoss, encoder: BatchEncoder, recipe: Recipe, prompts: Prompts, device: torch.device,
-    canvas: int, batches: Sequence[int], size: int, workers: int, photographs: Path | None = None,
+    loss: AnswerLoss,
+    encoder: BatchEncoder,
+    recipe: Recipe,
+    prompts: Prompts,
+    device: torch.device,
+    canvas: int,
+    batches: Sequence[int],
+    size: int,
+    workers: int,
+    photographs: Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Share of right answers per mode and family.
 
@@ -55,11 +65,15 @@ def accuracy(
         for mode in MODES:
             shown = _in_mode(batch, mode).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                found = loss(shown, encoder.encode(shown, _ideal(shown) if mode not in {"whole", "high"} else None))
+                found = loss(
+                    shown, encoder.encode(shown, _ideal(shown) if mode not in {"whole", "high"} else None)
+                )
             for family, hit in zip(batch.families, found.right.tolist(), strict=True):
                 right[mode][family].append(hit)
                 right[mode]["all"].append(hit)
-    return {mode: {family: sum(hits) / len(hits) for family, hits in by.items()} for mode, by in right.items()}
+    return {
+        mode: {family: sum(hits) / len(hits) for family, hits in by.items()} for mode, by in right.items()
+    }
 
 
 def _in_mode(batch: Batch, mode: str) -> Batch:
@@ -71,7 +85,9 @@ def _ideal(batch: Batch) -> Tensor:
     """The most target tiles of any example plus two, at LOD high, for every example."""
     wanted = batch.targets.flatten(1).float()
     count = min(int(wanted.sum(1).max()) + 2, wanted.shape[1])
-    best = (wanted + torch.rand(wanted.shape, device=wanted.device) * 0.5).argsort(1, descending=True)[:, :count]
+    best = (wanted + torch.rand(wanted.shape, device=wanted.device) * 0.5).argsort(1, descending=True)[
+        :, :count
+    ]
     return torch.zeros_like(wanted, dtype=torch.long).scatter(1, best, 3)
 
 

@@ -13,9 +13,10 @@ from arrcoc.demo.training.batches import Batch
 from arrcoc.demo.training.recipe import Recipe
 from arrcoc.image import area_resample
 from arrcoc.lod.tower import StaticTower, geometry, merge_order
-from arrcoc.qwen import VisionWeights, patchify, vision_weights
+from arrcoc.qwen import vision_weights
 from arrcoc.records import Grid, Lod
 from arrcoc.sequence import glimpse_positions, tile_positions
+from arrcoc.vision import VisionWeights, patchify
 
 _STATS = ([0.5] * 3, [0.5] * 3)
 
@@ -103,8 +104,14 @@ class BatchEncoder:
         return tokens, planes, where.expand(len(tokens), -1, -1)
 
     def _lay_out(
-        self, batch: Batch, grid: Grid, glimpse: tuple[Tensor, Tensor, Tensor],
-        parts: list[tuple[Tensor, Tensor, Tensor]], lod: Tensor, states: Tensor, labels: Tensor,
+        self,
+        batch: Batch,
+        grid: Grid,
+        glimpse: tuple[Tensor, Tensor, Tensor],
+        parts: list[tuple[Tensor, Tensor, Tensor]],
+        lod: Tensor,
+        states: Tensor,
+        labels: Tensor,
     ) -> Encoded:
         extent = float(grid.rows * self._recipe.sides[3])
         if batch.mode == "crops":
@@ -117,8 +124,14 @@ class BatchEncoder:
         return Encoded(tokens, planes, where, extent, cuts, states, labels)
 
     def _crops(
-        self, grid: Grid, glimpse: tuple[Tensor, Tensor, Tensor], parts: list[tuple[Tensor, Tensor, Tensor]],
-        lod: Tensor, extent: float, states: Tensor, labels: Tensor,
+        self,
+        grid: Grid,
+        glimpse: tuple[Tensor, Tensor, Tensor],
+        parts: list[tuple[Tensor, Tensor, Tensor]],
+        lod: Tensor,
+        extent: float,
+        states: Tensor,
+        labels: Tensor,
     ) -> Encoded:
         """The glimpse, then every refined tile as an image of its own, the most detailed LOD last."""
         cuts: list[tuple[int, int, float, Tensor | None]] = [(0, glimpse[0].shape[1], extent, None)]
@@ -138,7 +151,7 @@ class BatchEncoder:
 
 
 def draw_allocation(batch: Batch, generator: torch.Generator) -> Tensor:
-    """LODs int64 [B, R*C] with equal counts in every row: query-aware, random, or uniform, as the mode says."""
+    """LODs int64 [B, R*C], equal counts in every row: query-aware, random or uniform, as the mode says."""
     count = batch.targets[0].numel()
     if batch.mode == "high":
         return torch.full((len(batch.images), count), int(Lod.HIGH))
@@ -150,6 +163,7 @@ def draw_allocation(batch: Batch, generator: torch.Generator) -> Tensor:
 
 def _counts(batch: Batch, count: int, generator: torch.Generator) -> list[int]:
     """How many tiles are high, medium and low."""
+
     def draw(most: int) -> int:
         return int(torch.randint(0, most + 1, (1,), generator=generator))
 
@@ -243,7 +257,9 @@ def _tile_labels(glyphs: Tensor, grid: Grid, index: Tensor, weights: VisionWeigh
     """Glyph labels int64 [B*k*N] of the patches of tiles, in merge order."""
     batch, height, _ = glyphs.shape
     size = height // grid.rows
-    tiles = glyphs.view(batch, grid.rows, size, grid.cols, size).transpose(2, 3).reshape(batch, -1, size, size)
+    tiles = (
+        glyphs.view(batch, grid.rows, size, grid.cols, size).transpose(2, 3).reshape(batch, -1, size, size)
+    )
     chosen = tiles[torch.arange(batch, device=glyphs.device)[:, None], index].flatten(0, 1)
     merge = weights.merge
     blocks = chosen.view(-1, size // merge, merge, size // merge, merge).transpose(2, 3)

@@ -43,7 +43,15 @@ class Phase:
 
 
 _EARLY = {"whole": 0.4, "high": 0.3, "refine": 0.3}
-_LATE = {"whole": 0.27, "smaller": 0.06, "high": 0.05, "refine": 0.34, "replace": 0.12, "uniform": 0.06, "crops": 0.10}
+_LATE = {
+    "whole": 0.27,
+    "smaller": 0.06,
+    "high": 0.05,
+    "refine": 0.34,
+    "replace": 0.12,
+    "uniform": 0.06,
+    "crops": 0.10,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +87,20 @@ class Recipe:
             Phase(0.10, {128: (1.0, 256)}, _EARLY),
             Phase(0.20, {256: (0.8, 96), 128: (0.2, 256)}, _EARLY),
             Phase(0.35, {512: (0.8, 48), 256: (0.2, 96)}, _LATE, pictures=0.06),
-            Phase(1.0, {1024: (0.64, 24), 512: (0.2, 48), 1536: (0.08, 10), 2048: (0.08, 6)}, _LATE, pictures=0.10),
+            Phase(
+                1.0,
+                {1024: (0.64, 24), 512: (0.2, 48), 1536: (0.08, 10), 2048: (0.08, 6)},
+                _LATE,
+                pictures=0.10,
+            ),
         )
     )
 
     def phase(self, step: int) -> Phase:
         """The phase of a step."""
-        return next(phase for phase in self.phases if step < phase.until * self.steps or phase is self.phases[-1])
+        return next(
+            phase for phase in self.phases if step < phase.until * self.steps or phase is self.phases[-1]
+        )
 
     def rate(self, step: int) -> float:
         """Learning rate at a step."""

@@ -1,4 +1,4 @@
-"""The checkpoint folder that training starts from: config, chat template, and a tokenizer for its questions."""
+"""The checkpoint folder that training starts from: config, chat template, tokenizer for its questions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from arrcoc.demo.checkpoint import make_checkpoint
 from arrcoc.demo.placards.paraphrases import FORMS
 from arrcoc.demo.placards.vocabulary import ADJECTIVES, COLOURS, SHAPES
 
-_ANSWERS = ("yes", "no", "top left", "top right", "bottom left", "bottom right", "zero", "the first", "the second")
+_ANSWERS = (
+    "yes",
+    "no",
+    "top left",
+    "top right",
+    "bottom left",
+    "bottom right",
+    "zero",
+    "the first",
+    "the second",
+)
 # Forms of easy-VQA's questions, which its package words from few templates.
 _PICTURES = (
     "What shape is in the image? What color is the shape? Is there a shape in the picture? Does the image "
@@ -25,6 +35,12 @@ def make_skeleton(folder: Path) -> Path:
 def question_text() -> str:
     """Every training wording, with each of the words that fill its slots."""
     lines = [wording for form in FORMS.values() for wording in form.train]
-    names = [f"the {colour} {shape}, the {colour} {ADJECTIVES[shape]} sign" for colour in COLOURS for shape in SHAPES]
-    plural = [f"{colour} signs, {ADJECTIVES[shape]} signs, {shape}s" for colour in COLOURS for shape in SHAPES]
+    names = [
+        f"the {colour} {shape}, the {colour} {ADJECTIVES[shape]} sign"
+        for colour in COLOURS
+        for shape in SHAPES
+    ]
+    plural = [
+        f"{colour} signs, {ADJECTIVES[shape]} signs, {shape}s" for colour in COLOURS for shape in SHAPES
+    ]
     return "\n".join(["", *lines, *names, *plural, *_ANSWERS, _PICTURES, ""])

@@ -1,0 +1,150 @@
+"""Sees the images of a request: decodes them, divides the budget, picks each one's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+
+from arrcoc import allocation, image
+from arrcoc import config as configs
+from arrcoc.cache import TileCache
+from arrcoc.chat import Conversation
+from arrcoc.config import Config, PresetChoice
+from arrcoc.encoding import Encoding
+from arrcoc.errors import BudgetError, EngineMismatchError
+from arrcoc.kv import Prefix
+from arrcoc.lod import LodEngine, TorchLodEngine
+from arrcoc.pipeline import Pipeline, divide_budget
+from arrcoc.qwen import QwenVL
+from arrcoc.records import Grid, Layout, Lod
+from arrcoc.scorers import TextureHead
+from arrcoc.timing import StageTimer
+
+Budget = int | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One image of a request.
+
+    Attributes:
+        encoding: its timings are not filled in yet, unless it was made before.
+        prefix: what the decoder may go on from.
+        runs: which of the request's stages were spent on it; none for an encoding made before.
+    """
+
+    encoding: Encoding
+    prefix: Prefix | None = None
+    runs: tuple[slice, ...] = ()
+
+    def timed(self, timer: StageTimer) -> Encoding:
+        """The encoding with its timings; one made before keeps its own."""
+        if not self.runs:
+            return self.encoding
+        return replace(self.encoding, timings=timer.milliseconds(*self.runs))
+
+
+class Viewer:
+    """One pipeline for each configuration of the presets; keeps no state of a request."""
+
+    def __init__(
+        self, qwen: QwenVL, presets: PresetChoice, cache: TileCache, head: TextureHead | None
+    ) -> None:
+        """Args: the checkpoint; which configuration serves which image; the tile cache; the texture head."""
+        self._qwen, self._presets, self._cache, self._head = qwen, presets, cache, head
+        # All engines are made here, so that no request pays for them or for the weights' fingerprint.
+        self._lod_engines: dict[tuple[int, tuple[int, ...]], LodEngine] = {}
+        self._pipelines = {config: self._make_pipeline(config) for config in presets.by_name.values()}
+
+    def backends(self) -> dict[str, str]:
+        """Backend of the LOD engine of each side."""
+        return {
+            str(side): engine.backend
+            for (side, _), engine in sorted(self._lod_engines.items(), key=lambda item: item[0])
+        }
+
+    def see(self, conversation: Conversation, budget: Budget, timer: StageTimer) -> list[Seen]:
+        """Encode every image of a conversation for its question.
+
+        Args:
+            conversation: its images may be encodings made before.
+            budget: a share of each image, or whole tokens for all images together.
+            timer: receives the stages; the question's embedding counts to the first image.
+
+        Raises:
+            ImageError, QueryError, BudgetError, EngineMismatchError: an image or the budget is not usable.
+        """
+        sources = [self._own(s) if isinstance(s, Encoding) else s for s in conversation.images]
+        if any(not isinstance(source, Encoding) for source in sources):
+            with timer.stage("query"):
+                query = self._qwen.query(conversation.question)
+        decoded, runs, begin = [], [], 0
+        for source in sources:
+            decoded.append(source if isinstance(source, Encoding) else self._decode(source, timer))
+            runs.append(slice(begin, len(timer)))
+            begin = len(timer)
+        seen = []
+        for item, decoding, part in zip(decoded, runs, self._divide(decoded, budget), strict=True):
+            if isinstance(item, Encoding):
+                seen.append(Seen(_within(item, part)))
+            else:
+                begin = len(timer)
+                look = self._pipeline(item).look(item, query, part, timer)
+                seen.append(Seen(look.encoding, look.prefix, (decoding, slice(begin, len(timer)))))
+        return seen
+
+    def _decode(self, source: Any, timer: StageTimer) -> Tensor:
+        with timer.stage("decode"):
+            return image.decode(source, self._presets.base.max_source_pixels)
+
+    def _divide(self, images: Sequence[Tensor | Encoding], budget: Budget) -> list[Budget]:
+        """The budget of each image: a share holds for each, tokens are divided."""
+        asked = self._presets.base.budget if budget is None else budget
+        if len(images) < 2 or not isinstance(asked, Integral) or isinstance(asked, bool):
+            return [budget] * len(images)
+        return list(divide_budget(int(asked), [self._token_range(item) for item in images]))
+
+    def _token_range(self, item: Tensor | Encoding) -> tuple[int, int]:
+        if isinstance(item, Encoding):
+            return item.n_tokens, item.n_tokens
+        return self._pipeline(item).token_range(item)
+
+    def _own(self, encoding: Encoding) -> Encoding:
+        """An encoding made before, on this engine's device, if it was made by these vision weights."""
+        qwen = self._qwen
+        if encoding.fingerprint != qwen.fingerprint:
+            given = f"an encoding made by checkpoint {encoding.fingerprint[:12]}"
+            raise EngineMismatchError(given, f"one made by {qwen.fingerprint[:12]}", "Encode the image again")
+        moved = {
+            name: getattr(encoding, name).to(qwen.device) for name in ("tokens", "deepstack", "positions")
+        }
+        return replace(encoding, **moved)
+
+    def _pipeline(self, pixels: Tensor) -> Pipeline:
+        return self._pipelines[self._presets.choose(*pixels.shape[1:])]
+
+    def _make_pipeline(self, config: Config) -> Pipeline:
+        engines = {lod: self._lod_engine(config.sides[lod], config.buckets) for lod in Lod}
+        return Pipeline(self._qwen, config, engines, self._cache, self._head)
+
+    def _lod_engine(self, side: int, buckets: tuple[int, ...]) -> LodEngine:
+        if (side, buckets) not in self._lod_engines:
+            self._lod_engines[side, buckets] = TorchLodEngine(self._qwen, side, buckets)
+        return self._lod_engines[side, buckets]
+
+
+def _within(encoding: Encoding, budget: Budget) -> Encoding:
+    """The encoding, if it keeps within the budget; None is no budget."""
+    if budget is None:
+        return encoding
+    config = configs.build({"sides": encoding.sides, "layout": Layout.REPLACE})
+    rows, cols = encoding.lod.shape
+    allowed = allocation.resolve_budget(budget, Grid(rows, cols, 1), config)
+    if encoding.n_tokens > allowed:
+        given = f"an encoding of {encoding.n_tokens:,} tokens with budget {budget!r}"
+        raise BudgetError(given, f"at most {allowed:,} tokens", "Encode the image again within this budget")
+    return encoding

@@ -1,0 +1,134 @@
+"""Tables in README and docs, written from benchmarks/results/*.json and configs/*.yaml, never by hand.
+
+A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`, or the same with `configs`.
+
+    python benchmarks/tables.py           rewrite the tables
+    python benchmarks/tables.py --check   exit with 1 where one differs from its results
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT, progress
+
+from arrcoc import config as configs
+
+PAGES = ("README.md", "docs/architecture.md", "docs/decisions.md")
+"""Files whose marked tables are kept."""
+
+TOKEN_PX = 32
+"""Pixels along the edge of one merged token of Qwen3-VL."""
+
+_MARKED = re.compile(r"(<!-- ((?:results|configs):[\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+_STAGES = ("frame", "texture", "glimpse", "score", "encode", "prefill", "generate")
+
+
+def ratios(result: Mapping[str, Any]) -> str:
+    """Tokens, and stock over arrcoc in time and peak memory, for every image size and budget."""
+    head = (
+        "image", "budget", "tokens, stock", "tokens, arrcoc", "time to first token",
+        "the same, next question", "whole answer", "peak memory",
+    )  # fmt: skip
+    rows = []
+    for case in result["cases"]:
+        first, following = case["stock_over"]["arrcoc"], case["stock_over"]["arrcoc_next_question"]
+        times = (first["first_token"], following["first_token"], first["wall"], first["peak_memory"])
+        counts = (case["stock"]["tokens"], case["arrcoc"]["tokens"])
+        rows.append([_edges(case), f"{case['budget']:g}", *(f"{n:,}" for n in counts), *map(_times, times)])
+    return _table(head, rows) + _source(result)
+
+
+def shares(result: Mapping[str, Any]) -> str:
+    """Share of each stage in arrcoc's time, first question with an empty cache."""
+    rows = []
+    for case in result["cases"]:
+        stages = case["arrcoc"]["stages_ms"]
+        total = sum(stages.values())
+        parts = [stages.get(name, 0.0) / total for name in _STAGES]
+        rows.append([_edges(case), f"{case['budget']:g}", *(f"{p:.0%}" for p in (*parts, 1 - sum(parts)))])
+    return _table(("image", "budget", *_STAGES, "all others"), rows) + _source(result)
+
+
+def presets() -> str:
+    """The presets as `configs/` has them, finest tiles first."""
+    found = [(name, configs.load(name)) for name in configs.preset_names()]
+    rows = []
+    for name, config in sorted(found, key=lambda item: item[1].sides[3]):
+        tokens = " / ".join(str(side**2) for side in config.sides)
+        sides = " / ".join(map(str, config.sides))
+        rows.append([f"`{name}`", f"{config.sides[3] * TOKEN_PX} px", sides, tokens, f"{config.max_tiles:,}"])
+    return _table(("preset", "tile", "sides", "tokens per tile", "most tiles"), rows)
+
+
+_TABLES: dict[str, Callable[[Path], str]] = {
+    "results:stages": lambda results: ratios(_read(results / "stages.json")),
+    "results:stage-shares": lambda results: shares(_read(results / "stages.json")),
+    "configs:presets": lambda _: presets(),
+}
+
+
+def regenerated(page: str, results: Path = RESULTS) -> str:
+    """A page's text with every marked table written anew; an unknown name is a KeyError."""
+    return _MARKED.sub(lambda match: f"{match[1]}{_TABLES[match[2]](results)}{match[3]}", page)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrite the pages, or only compare them; returns the exit status."""
+    check, stale = "--check" in arguments, []
+    for page in (ROOT / name for name in PAGES):
+        old = page.read_text(encoding="utf-8")
+        new = regenerated(old)
+        if new != old:
+            stale.append(page.name)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if stale:
+        progress(f"{', '.join(stale)}: {'not what the results say' if check else 'rewritten'}")
+    return int(check and bool(stale))
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _edges(case: Mapping[str, Any]) -> str:
+    return f"{case['image_px']} x {case['image_px']}"
+
+
+def _times(ratio: float | None) -> str:
+    return "not measured" if ratio is None else f"{ratio:.2f} x"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _source(result: Mapping[str, Any]) -> str:
+    versions = result["versions"]
+    return (
+        f"\n`{result['command']}`, {result['date']}, {result['device']}, {result['dtype']}, checkpoint "
+        f"{result['model']['name']} ({result['model']['parameters'] / 1e6:.1f} M parameters), "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"median of {result['repeats']} runs; "
+        f"slowest over fastest run of a row: at most {_spread(result):.1f} x.\n"
+    )
+
+
+def _spread(result: Mapping[str, Any]) -> float:
+    """How far apart equal runs lay: what other load on the machine did to the figures."""
+    runs: list[list[float]] = [
+        case[name]["wall_ms_runs"] for case in result["cases"] for name in ("stock", "arrcoc")
+    ]
+    return max(max(times) / min(times) for times in runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
