@@ -47,12 +47,16 @@ def facts(script: str, arguments: Sequence[str], device: torch.device) -> dict[s
 
 
 def revision() -> tuple[str | None, bool | None]:
-    """Commit of the checkout and whether it has changes; (None, None) outside a git checkout."""
+    """Commit of the checkout and whether it has changes; (None, None) outside a git checkout.
+
+    On a machine that received a clean export without its history, `ARRCOC_COMMIT` names the commit.
+    """
     try:
         commit = _git("rev-parse", "HEAD")
         return commit, bool(_git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
-        return None, None
+        exported = os.environ.get("ARRCOC_COMMIT")
+        return exported, None if exported is None else False
 
 
 def device_name(device: torch.device) -> str:

@@ -34,8 +34,6 @@ def test_links_lead_somewhere(page: str) -> None:
             continue
         file, _, part = target.partition("#")
         found = (ROOT / page).parent / file if file else ROOT / page
-        if found.name == "two_questions.png":  # drawn with the trained checkpoint, see docs/make_pictures.py
-            continue
         assert found.exists(), target
         if part:
             headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.MULTILINE)
@@ -105,7 +103,7 @@ def test_notebook_runs(
         exec(compile(source, NOTEBOOK.name, "exec"), names)
     assert names["second"].question == names["case"].questions[1]
     assert names["stats"].hits > 0, "the notebook says that the second question found tiles in the cache"
-    assert "of 256 vision tokens" in capsys.readouterr().out
+    assert "of 1024 vision tokens" in capsys.readouterr().out
 
 
 def test_pictures_show_two_questions(

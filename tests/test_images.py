@@ -9,8 +9,8 @@ import pytest
 
 from arrcoc.demo.images import demo_cases
 
-# Height and width as scikit-image documents them.
-SIZES = {"astronaut": (512, 512), "cat": (300, 451), "coffee": (400, 600), "rocket": (427, 640)}
+# Twice the height and width that scikit-image documents.
+SIZES = {"astronaut": (1024, 1024), "cat": (600, 902), "coffee": (800, 1200), "rocket": (854, 1280)}
 
 
 def test_photographs_load_without_network(monkeypatch: pytest.MonkeyPatch) -> None:

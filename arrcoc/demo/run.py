@@ -15,7 +15,6 @@ from rich.text import Text
 import arrcoc
 from arrcoc import plot
 from arrcoc.answer import Answer
-from arrcoc.demo.bundled import UNTRAINED, bundled_checkpoint
 from arrcoc.demo.contact import contact_sheet
 from arrcoc.demo.images import DemoCase, demo_cases
 from arrcoc.encoding import Encoding
@@ -26,12 +25,6 @@ from arrcoc.report import STAGE_GROUPS, answer_facts, engine_facts, grouped, wri
 __all__ = ["DemoResult", "closing_lines", "demo_cases", "make_engine", "run", "table"]
 
 MAX_NEW_TOKENS = 32
-UNTRAINED_GAIN = 8.0
-"""`attention_gain` for an untrained checkpoint.
-
-Its attention to a tile differs from question to question by a few per cent only, which no map would show;
-this makes the difference visible, and the demo says so. Other checkpoints are read as configured.
-"""
 OVERVIEW, FACTS = "overview.png", "demo.json"
 
 
@@ -53,13 +46,11 @@ class DemoResult:
 
 def make_engine(model: str | None, preset: str) -> Engine:
     """The demo's engine; raises what `Engine.from_pretrained` raises."""
-    untrained = model is None and bundled_checkpoint()[1] == UNTRAINED
-    overrides: dict[str, Any] = {"attention_gain": UNTRAINED_GAIN} if untrained else {}
     engine_log = logging.getLogger("arrcoc.engine")
     level = engine_log.level
     engine_log.setLevel(logging.ERROR)  # its note on the checkpoint is printed under the table instead
     try:
-        return Engine.from_pretrained(model, preset, **overrides)
+        return Engine.from_pretrained(model, preset)
     finally:
         engine_log.setLevel(level)
 
@@ -105,7 +96,7 @@ def facts(engine: Engine, results: Sequence[DemoResult]) -> dict[str, Any]:
     description = engine.describe()
     return {
         "arrcoc": arrcoc.__version__,
-        "engine": engine_facts(description) | {"notes": _notes(engine)},
+        "engine": engine_facts(description),
         "cache": description["cache"],
         "overview": OVERVIEW,
         "results": [_result_facts(result) for result in results],
@@ -134,20 +125,9 @@ def table(results: Sequence[DemoResult]) -> Table:
 def closing_lines(engine: Engine, out: Path) -> list[str]:
     """What the columns mean, what to know about the checkpoint, and where the files are."""
     stages = "; ".join(f"{group} = {', '.join(names)}" for group, names in STAGE_GROUPS.items())
-    notes = _notes(engine)
+    notes = [str(note) for note in engine.describe()["notes"]]
     written = f"Look at {out / OVERVIEW} first; one picture per question and {FACTS} lie beside it in {out}/"
     return [stages, *notes, written]
-
-
-def _notes(engine: Engine) -> list[str]:
-    """What to know about the checkpoint, and about how the demo reads it."""
-    notes = [str(note) for note in engine.describe()["notes"]]
-    if UNTRAINED in notes:
-        what = "hardly depends on the question, so the demo exaggerates the difference"
-        notes.append(
-            f"An untrained model's attention {what}: attention_gain {UNTRAINED_GAIN:g}, otherwise 1."
-        )
-    return notes
 
 
 def _result_facts(result: DemoResult) -> dict[str, Any]:
