@@ -46,7 +46,7 @@ class Encoding:
         source_size: height and width of the image in pixels.
         frame_size: height and width of the frame in pixels.
         distortion: relative change of the aspect ratio, 0 for none.
-        picture: uint8 [3, h, w], the frame at no more than 1024 pixels a side, for plots.
+        picture: uint8 [3, h, w] on the CPU, the frame at no more than 1024 pixels a side, for plots.
         fingerprint: of the vision weights that made it.
         timings: milliseconds per stage of making it, `total` included.
     """
@@ -164,7 +164,7 @@ class Encoding:
             positions=tensors["positions"].to(device),
             lod=tensors["lod"],
             relevance=tensors["relevance"],
-            picture=tensors["picture"].to(device),
+            picture=tensors["picture"],
             scores=Scores(*(tensors[f"scores.{name}"] for name in Scores.__slots__)),
             segments=tuple(Segment(**segment) for segment in facts["segments"]),
             tensions=Tensions(*map(float, facts["tensions"])),

@@ -158,7 +158,7 @@ class Pipeline:
             source_size=frame.source,
             frame_size=(frame.grid.height, frame.grid.width),
             distortion=frame.distortion,
-            picture=thumbnail(frame.pixels),
+            picture=thumbnail(frame.pixels).cpu(),
             fingerprint=self._qwen.fingerprint,
             timings={},
         )

@@ -36,7 +36,8 @@ def facts(script: str, arguments: Sequence[str], device: torch.device) -> dict[s
     """What a result must carry to be read later: command, commit, versions, device, date (UTC)."""
     commit, dirty = revision()
     return {
-        "command": " ".join(["python", script, *arguments]),
+        # Paths are of the machine it ran on: their last part says what they are.
+        "command": " ".join(["python", script, *(Path(part).name or part for part in arguments)]),
         "commit": commit,
         "uncommitted_changes": dirty,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -114,7 +114,15 @@ def test_outside_a_checkout_there_is_no_commit(
     common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.delenv("ARRCOC_COMMIT", raising=False)
     assert common.revision() == (None, None)
+    monkeypatch.setenv("ARRCOC_COMMIT", "abc")
+    assert common.revision() == ("abc", False)
+
+
+def test_the_command_names_no_folder_of_the_machine(common: ModuleType) -> None:
+    told = common.facts("benchmarks/stages.py", ["--out", "/somewhere/else/x.json"], torch.device("cpu"))
+    assert told["command"] == "python benchmarks/stages.py --out x.json"
 
 
 def test_table_holds_the_figures_of_the_result(tables: ModuleType, result: dict[str, Any]) -> None:

@@ -437,7 +437,7 @@ def test_a_head_beside_the_model_is_used_unless_refused(
 ) -> None:
     by_glimpse = engine.encode(picture, QUESTION)
     for choice, name in (("auto", "texture"), ("texture", "texture"), ("glimpse", "glimpse")):
-        other = Engine.from_pretrained(with_head, "demo", participatory=choice, max_new_tokens=2)
+        other = Engine.from_pretrained(with_head, "demo", "cpu", participatory=choice, max_new_tokens=2)
         assert other.describe()["scorers"]["participatory"] == name
         made = other.encode(picture, QUESTION)
         assert torch.equal(made.scores.participatory, by_glimpse.scores.participatory) == (name == "glimpse")
