@@ -198,7 +198,7 @@ def main(arguments: Sequence[str]) -> None:
     result: dict[str, Any] = {
         "benchmark": "stages",
         **facts("benchmarks/stages.py", arguments, device),
-        "model": {"name": options.model or "bundled"}
+        "model": {"name": Path(options.model).name if options.model else "bundled"}
         | {name: told["model"][name] for name in ("parameters", "fingerprint")},
         "dtype": told["dtype"],
         "layout": told["layout"],

@@ -44,6 +44,23 @@ def ratios(result: Mapping[str, Any]) -> str:
     return _table(head, rows) + _source(result)
 
 
+def first_tokens(result: Mapping[str, Any]) -> str:
+    """Milliseconds to the first token, and ratios, of a run on a GPU, where absolute times mean something."""
+    assert not result["device"].startswith("cpu"), "absolute times are quoted of a GPU only"
+    head = (
+        "image", "budget", "tokens, stock", "tokens, arrcoc", "first token, stock", "first token, arrcoc",
+        "ratio", "next question", "peak memory",
+    )  # fmt: skip
+    rows = []
+    for case in result["cases"]:
+        first, following = case["stock_over"]["arrcoc"], case["stock_over"]["arrcoc_next_question"]
+        counts = [f"{case[who]['tokens']:,}" for who in ("stock", "arrcoc")]
+        times = [f"{case[who]['first_token_ms']:.0f} ms" for who in ("stock", "arrcoc")]
+        over = (first["first_token"], following["first_token"], first["peak_memory"])
+        rows.append([_edges(case), f"{case['budget']:g}", *counts, *times, *map(_times, over)])
+    return _table(head, rows) + _source(result)
+
+
 def shares(result: Mapping[str, Any]) -> str:
     """Share of each stage in arrcoc's time, first question with an empty cache."""
     rows = []
@@ -67,6 +84,7 @@ def presets() -> str:
 
 
 _TABLES: dict[str, Callable[[Path], str]] = {
+    "results:stages-h200-2b": lambda results: first_tokens(_read(results / "stages_h200_2b.json")),
     "results:stages": lambda results: ratios(_read(results / "stages.json")),
     "results:stage-shares": lambda results: shares(_read(results / "stages.json")),
     "configs:presets": lambda _: presets(),
