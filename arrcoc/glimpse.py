@@ -80,7 +80,7 @@ class GlimpseScorer:
         generic = self._prompt(self._config.generic_prompt)[1]
         if self.prefix is None:
             self.prefix = self._run_prefix(head)
-        asked, anyhow = (self._tile_shares(self._attention(self.prefix, ids)) for ids in (tail, generic))
+        asked, anyhow = (self._tile_shares(a) for a in self._attention(self.prefix, [tail, generic]))
         return relative(asked, anyhow, self._config.attention_gain)
 
     def _prompt(self, question: str) -> tuple[list[int], list[int]]:
@@ -113,25 +113,33 @@ class GlimpseScorer:
         )
         return Prefix(tuple(head), cache, hidden, positions, planes, depth, norms, start + self._extent)
 
-    def _attention(self, prefix: Prefix, tail: Sequence[int]) -> Tensor:
-        """Attention of a prompt's rows to the glimpse tokens, fp32 [m], a distribution without sinks."""
-        embeds = self._qwen.embed(tail)
-        steps = torch.arange(len(tail), device=embeds.device).float() + prefix.next_position
-        positions = steps.expand(3, -1)
-        seen: list[Tensor] = []
+    def _attention(self, prefix: Prefix, tails: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Attention of each prompt's rows to the glimpse tokens, fp32 [m], a distribution without sinks.
+
+        The prompts run side by side in one pass, none of them seeing another: a pass over so few rows
+        takes as long as its kernel launches, however many rows there are.
+        """
+        lengths = [len(tail) for tail in tails]
+        embeds = self._qwen.embed([token for tail in tails for token in tail])
+        steps = torch.cat([torch.arange(length) for length in lengths]).float() + prefix.next_position
+        positions = steps.expand(3, -1).to(embeds.device)
+        seen: list[list[Tensor]] = [[] for _ in tails]
 
         def observe(layer: int, hidden: Tensor) -> None:
-            if layer in self._layers:
+            if layer not in self._layers:
+                return
+            keys = prefix.cache.keys(layer)[0, :, prefix.image]
+            excluded = sinks(prefix.norms[layer], self._config.sink_ratio)
+            queries = self._qwen.queries(layer, hidden, positions).split(lengths, dim=1)
+            for shares, query in zip(seen, queries, strict=True):
                 # Row 0 ends the image and belongs to no prompt.
-                query = self._qwen.queries(layer, hidden[:, 1:], positions[:, 1:])
-                keys = prefix.cache.keys(layer)[0, :, prefix.image]
-                seen.append(
-                    attention_shares(query, keys, sinks(prefix.norms[layer], self._config.sink_ratio))
-                )
+                shares.append(attention_shares(query[:, 1:], keys, excluded))
 
-        self._qwen.run_layers(embeds[None], positions, prefix.cache, range(prefix.depth), observe=observe)
+        mask = branch_mask(prefix.length, lengths).to(embeds.device)
+        depth = range(prefix.depth)
+        self._qwen.run_layers(embeds[None], positions, prefix.cache, depth, mask=mask, observe=observe)
         prefix.cache.truncate(prefix.length)
-        return torch.stack(seen).mean(0)
+        return [torch.stack(shares).mean(0) for shares in seen]
 
     def _tile_shares(self, attention: Tensor) -> Tensor:
         """Sum over each tile's glimpse tokens: [m] to [R, C]."""
@@ -143,6 +151,16 @@ class GlimpseScorer:
 def probe_layers(depth: Sequence[float], n_layers: int) -> list[int]:
     """Layer numbers at fractions of the depth, ascending, each once."""
     return sorted({min(int(fraction * n_layers), n_layers - 1) for fraction in depth})
+
+
+def branch_mask(past: int, lengths: Sequence[int]) -> Tensor:
+    """Mask [1, 1, n, past + n], True = attend, for branches of these lengths after `past` shared positions.
+
+    Each row sees what is shared and the earlier rows of its own branch; n is the sum of the lengths.
+    """
+    causal = [torch.ones(length, length, dtype=torch.bool).tril() for length in lengths]
+    own: Tensor = torch.block_diag(*causal)  # type: ignore[no-untyped-call]
+    return torch.cat((own.new_ones(len(own), past), own), dim=1)[None, None]
 
 
 def sinks(norms: Tensor, ratio: float) -> Tensor:

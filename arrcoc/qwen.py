@@ -166,6 +166,7 @@ class QwenVL:
         *,
         vision: Tensor | None = None,
         deepstack: Tensor | None = None,
+        mask: Tensor | None = None,
         observe: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Run some decoder layers over new positions, appending their keys and values to the cache.
@@ -177,13 +178,15 @@ class QwenVL:
             layers: consecutive layer numbers.
             vision: int64 [v], where in `hidden` vision tokens stand.
             deepstack: [L, v, D] planes, plane i added after layer i as in the stock model.
+            mask: bool [1, 1, m, past + m], True = attend; causal if None.
             observe: called with the layer number and its input [1, m, D] before each layer.
 
         Returns:
             [1, m, D] output of the last layer, before the final norm.
         """
         rotary = self.rotary(positions)
-        mask = _continuation_mask(hidden.shape[1], cache.length(layers.start), hidden.device)
+        if mask is None:
+            mask = _continuation_mask(hidden.shape[1], cache.length(layers.start), hidden.device)
         for number in layers:
             if observe is not None:
                 observe(number, hidden)

@@ -7,7 +7,15 @@ import torch
 
 from arrcoc import Engine, image, sequence, texture
 from arrcoc.config import build, load
-from arrcoc.glimpse import GlimpseScorer, JointGlimpse, attention_shares, probe_layers, relative, sinks
+from arrcoc.glimpse import (
+    GlimpseScorer,
+    JointGlimpse,
+    attention_shares,
+    branch_mask,
+    probe_layers,
+    relative,
+    sinks,
+)
 from arrcoc.kv import KvCache
 
 CONFIG = load("demo")
@@ -141,7 +149,7 @@ def test_the_prefix_equals_a_run_over_image_and_question_together(qwen, frame, f
     head, tail = made._prompt("What is on her sleeve?")
     with torch.inference_mode():
         prefix = made._run_prefix(head)
-        apart = made._attention(prefix, tail)
+        (apart,) = made._attention(prefix, [tail])
         assert prefix.length == prefix.cache.length(0), "the question leaves nothing behind"
         whole = torch.cat((qwen.embed(head), features.tokens[0], qwen.embed(tail)))[None]
         steps = torch.arange(len(tail)).float() + prefix.next_position
@@ -163,6 +171,25 @@ def test_the_prefix_equals_a_run_over_image_and_question_together(qwen, frame, f
             for n, q in seen
         ]
     torch.testing.assert_close(apart, torch.stack(together).mean(0), atol=1e-6, rtol=1e-4)
+
+
+def test_prompts_side_by_side_do_not_see_one_another(qwen, frame, features):
+    made = scorer(qwen, frame, features)
+    head, first = made._prompt("What is on her sleeve?")
+    second = made._prompt("Why?")[1]
+    with torch.inference_mode():
+        prefix = made._run_prefix(head)
+        together = made._attention(prefix, [first, second])
+        alone = [made._attention(prefix, [tail])[0] for tail in (first, second)]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-4)
+
+
+def test_branch_mask_by_hand():
+    # Two shared positions, then branches of two rows and of one.
+    wanted = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert branch_mask(2, [2, 1])[0, 0].int().tolist() == wanted
 
 
 def test_it_runs_no_deeper_than_the_last_probe(qwen, frame, features):
