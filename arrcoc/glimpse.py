@@ -130,7 +130,7 @@ class GlimpseScorer:
                 return
             keys = prefix.cache.keys(layer)[0, :, prefix.image]
             excluded = sinks(prefix.norms[layer], self._config.sink_ratio)
-            queries = self._qwen.queries(layer, hidden, positions).split(lengths, dim=1)
+            queries = torch.split(self._qwen.queries(layer, hidden, positions), lengths, dim=1)
             for shares, query in zip(seen, queries, strict=True):
                 # Row 0 ends the image and belongs to no prompt.
                 shares.append(attention_shares(query[:, 1:], keys, excluded))
