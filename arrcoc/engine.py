@@ -22,7 +22,7 @@ from arrcoc.decode import Decoder, Sampling, TransformersDecoder
 from arrcoc.demo.bundled import bundled_checkpoint
 from arrcoc.devices import device_name, resolve_device, resolve_dtype
 from arrcoc.encoding import Encoding
-from arrcoc.errors import ConfigError, DecodeError
+from arrcoc.errors import ConfigError, DecodeError, EngineMismatchError
 from arrcoc.image import ImageInput
 from arrcoc.qwen import QwenVL, load
 from arrcoc.records import Lod
@@ -245,4 +245,9 @@ def _texture_head(qwen: QwenVL, config: Config) -> TextureHead | None:
         given = "participatory='texture' without a fitted head"
         remedy = "Fit one, or choose participatory='glimpse'"
         raise ConfigError(given, f"{TEXTURE_HEAD_FILE} beside the model", remedy)
-    return TextureHead.load(path, qwen.width, qwen.device)
+    head = TextureHead.load(path, qwen.width, qwen.device)
+    if not head.fits(qwen.embedding_probe):
+        given = f"{path.name}, which was fitted to other embeddings than this checkpoint's"
+        remedy = "Fit it anew, remove it, or choose participatory='glimpse'"
+        raise EngineMismatchError(given, "a head fitted to this checkpoint", remedy)
+    return head

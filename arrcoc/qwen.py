@@ -114,6 +114,16 @@ class QwenVL:
         ids = tuple(self.tokenizer(question, add_special_tokens=False).input_ids)
         return Query(question, ids, self.embed(ids).float().mean(0))
 
+    @cached_property
+    def embedding_probe(self) -> Tensor:
+        """A few token embeddings, fp32 [16, D] on the CPU, evenly spaced over the vocabulary.
+
+        They tell one checkpoint's embeddings from another's, whatever precision it was loaded in.
+        """
+        table: Tensor = self._text.embed_tokens.weight
+        rows = torch.linspace(0, len(table) - 1, 16, device=table.device).long()
+        return table[rows].detach().float().cpu()
+
     def check_text(self, text: str) -> None:
         """Raise `QueryError` if text holds one of the tokenizer's control tokens.
 

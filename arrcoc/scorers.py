@@ -41,6 +41,7 @@ PEAK_SHARE = 0.1
 TEXTURE_HEAD_FILE = "texture_head.safetensors"
 """Name of the learned texture head's file beside the model."""
 TEXTURE_HEAD_FORMAT = "arrcoc-texture-head-1"
+_PROBE = "embedding_probe"
 
 _SALIENT = (Channel.LIGHTNESS, Channel.GREEN_RED, Channel.BLUE_YELLOW, Channel.SOBEL_MAGNITUDE)
 _TINY = 1e-12
@@ -163,11 +164,14 @@ class TextureHead(nn.Module):
 
     Attributes:
         fingerprint: of the model whose embeddings it was fitted to; empty until saved or loaded.
+        probe: fp32 [n, D], a few of those embeddings, to tell whether another model has the same; None if
+            the head was saved without them.
     """
 
     def __init__(self, query_dim: int, width: int = 64) -> None:
         super().__init__()
         self.query_dim, self.width, self.fingerprint = query_dim, width, ""
+        self.probe: Tensor | None = None
         self.features = nn.Sequential(
             nn.Conv2d(len(Channel), width, 3, padding=1),
             nn.GELU(),
@@ -199,17 +203,27 @@ class TextureHead(nn.Module):
         cell = torch.einsum("bdhw,bd->bhw", self.features(maps.float()), query) / self.width**0.5
         return functional.max_pool2d(cell + self.bias, cells)
 
-    def save(self, path: str | Path, fingerprint: str) -> None:
+    def fits(self, probe: Tensor) -> bool:
+        """Whether the head was fitted to these embeddings, fp32 [n, D], to within rounding to 8 bits."""
+        if self.probe is None or self.probe.shape != probe.shape:
+            return False
+        difference = (self.probe - probe.to(self.probe.device)).norm() / self.probe.norm()
+        return bool(difference < 2**-7)
+
+    def save(self, path: str | Path, fingerprint: str, probe: Tensor | None = None) -> None:
         """Write the weights as safetensors; the file appears whole or not at all.
 
         Args:
             path: the file to write, by custom `TEXTURE_HEAD_FILE` in the model's folder.
             fingerprint: of the model whose embeddings the head was fitted to.
+            probe: fp32 [n, D], a few of those embeddings (`QwenVL.embedding_probe`).
         """
-        self.fingerprint = fingerprint
+        self.fingerprint, self.probe = fingerprint, probe
         sizes = {"query_dim": str(self.query_dim), "width": str(self.width)}
         metadata = {"format": TEXTURE_HEAD_FORMAT, "fingerprint": fingerprint, **sizes}
         weights = {name: weight.detach().cpu().contiguous() for name, weight in self.state_dict().items()}
+        if probe is not None:
+            weights[_PROBE] = probe.detach().float().cpu().contiguous()
         handle, temporary = tempfile.mkstemp(dir=Path(path).parent, suffix=".partial")
         os.close(handle)
         try:
@@ -229,6 +243,7 @@ class TextureHead(nn.Module):
         _check_metadata(Path(path), metadata, query_dim)
         try:
             head = cls(query_dim, int(metadata["width"]))
+            head.probe = weights.pop(_PROBE, None)
             head.load_state_dict(weights)
         except (KeyError, ValueError, RuntimeError) as error:
             raise _damaged(Path(path), str(error)) from error

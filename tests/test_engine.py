@@ -422,13 +422,13 @@ def test_an_encoding_beside_an_image_keeps_its_tokens(engine: Engine, picture: I
 
 
 @pytest.fixture
-def with_head(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+def with_head(tiny_checkpoint: Path, engine: Engine, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     for file in tiny_checkpoint.iterdir():
         (folder / file.name).symlink_to(file)
     torch.manual_seed(3)
-    TextureHead(64).save(folder / TEXTURE_HEAD_FILE, "fitted here")
+    TextureHead(64).save(folder / TEXTURE_HEAD_FILE, "fitted here", engine._qwen.embedding_probe)
     return folder
 
 
@@ -443,6 +443,22 @@ def test_a_head_beside_the_model_is_used_unless_refused(
         assert torch.equal(made.scores.participatory, by_glimpse.scores.participatory) == (name == "glimpse")
         assert torch.equal(made.relevance, by_glimpse.relevance) == (name == "glimpse")
         assert other.ask(picture, QUESTION).new_tokens == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_head_serves_its_model_in_every_precision(with_head: Path, dtype: str) -> None:
+    engine = Engine.from_pretrained(with_head, "demo", "cpu", dtype)
+    assert engine.describe()["scorers"]["participatory"] == "texture"
+
+
+@pytest.mark.parametrize("probe", ["of another model", "of another size", "left out"])
+def test_a_head_fitted_to_another_model_is_refused(with_head: Path, engine: Engine, probe: str) -> None:
+    mine = engine._qwen.embedding_probe
+    other = {"of another model": mine.flip(0), "of another size": mine[:8], "left out": None}[probe]
+    TextureHead(64).save(with_head / TEXTURE_HEAD_FILE, "fitted elsewhere", other)
+    with pytest.raises(EngineMismatchError, match="fitted to other embeddings"):
+        Engine.from_pretrained(with_head, "demo", "cpu")
+    Engine.from_pretrained(with_head, "demo", "cpu", participatory="glimpse")
 
 
 # What the engine says of itself.

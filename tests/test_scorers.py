@@ -294,6 +294,19 @@ def test_damaged_head_is_refused(damage: str, tmp_path: Path, monkeypatch: pytes
         scorers.TextureHead.load(path, 4, torch.device("cpu"))
 
 
+def test_head_knows_the_embeddings_it_was_fitted_to(tmp_path: Path) -> None:
+    path = tmp_path / scorers.TEXTURE_HEAD_FILE
+    probe = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    scorers.TextureHead(4, width=4).save(path, "abc", probe)
+    head = scorers.TextureHead.load(path, 4)
+    assert head.probe is not None
+    assert torch.equal(head.probe, probe)
+    assert head.fits(probe.bfloat16().float())  # rounding to 8 bits is no other model
+    assert not head.fits(1.02 * probe)
+    scorers.TextureHead(4, width=4).save(path, "abc")
+    assert not scorers.TextureHead.load(path, 4).fits(probe)
+
+
 def test_head_for_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / scorers.TEXTURE_HEAD_FILE
     scorers.TextureHead(4, width=4).save(path, fingerprint="abc")

@@ -42,7 +42,7 @@ SPECIAL_TOKENS = (
 )
 """Qwen's special tokens, in the order of their ids."""
 
-_RECIPE = 2  # Raise when the bytes of a checkpoint change, so that cached ones are made anew.
+_RECIPE = 3  # Raise when the bytes of a checkpoint change, so that cached ones are made anew.
 _RECIPE_FILE = "arrcoc_checkpoint.json"
 _WORD_PIECES = 1024
 # The mergers' `linear_fc2` writes no residual stream and stays out of this for want of `mlp.`.

@@ -95,7 +95,7 @@ def fit_words(
         head = TextureHead(qwen.width, width=32)
     _tell_words_apart(head, qwen, rng)
     _train(head, scenes, qwen, rng, steps, progress)
-    head.save(folder / TEXTURE_HEAD_FILE, qwen.fingerprint)
+    head.save(folder / TEXTURE_HEAD_FILE, qwen.fingerprint, qwen.embedding_probe)
     return folder / TEXTURE_HEAD_FILE
 
 
