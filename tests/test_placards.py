@@ -613,10 +613,34 @@ def test_textures_vary_and_fill_the_canvas(name: str) -> None:
 
 
 def test_small_photographs_go_on_as_mirror_images() -> None:
-    photo = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
-    rows = np.asarray(backgrounds._mirrored(photo, 0, 0, 2, 6))[0, :, 0]
+    photo = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     # Columns 0 1 | 1 0 | 0 1 of red values 0 and 3.
-    assert rows.tolist() == [0, 3, 3, 0, 0, 3]
+    assert backgrounds._mirrored(photo, 0, 0, 2, 6)[0, :, 0].tolist() == [0, 3, 3, 0, 0, 3]
+    # Rows 1 | 1 0 | 0 of red values 0 and 6, from the second row on: more than the photo has.
+    assert backgrounds._mirrored(photo, 1, 0, 4, 1)[:, 0, 0].tolist() == [0, 6, 6, 0]
+    assert backgrounds._mirrored(photo, 1, 1, 1, 1)[0, 0].tolist() == [9, 10, 11]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 20), st.integers(1, 30))
+def test_runs_go_back_and_forth(size: int, first: int, count: int) -> None:
+    """Against the definition: position p of the mirrored axis is p, or 2 * size - 1 - p beyond the middle."""
+    places = (np.arange(count) + first) % (2 * size)
+    expected = np.where(places < size, places, 2 * size - 1 - places)
+    drawn = np.concatenate([np.arange(size)[run] for run in backgrounds._runs(first, count, size)])
+    assert drawn.tolist() == expected.tolist()
+
+
+def test_photographs_are_decoded_once_and_kept_small(tmp_path: Path) -> None:
+    for i in range(10):
+        Image.new("RGB", (2000, 500), (i, 5, 250)).save(tmp_path / f"{i}.png")
+    backgrounds._photograph.cache_clear()
+    count = backgrounds.preload("train", tmp_path)
+    assert count == len(backgrounds.photographs("train", tmp_path))
+    for path in backgrounds.photographs("train", tmp_path):
+        assert max(backgrounds._photograph(path).shape) <= 1280
+    # Every photograph was decoded by `preload` and none since.
+    assert backgrounds._photograph.cache_info().misses == count
 
 
 # Data set.

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from arrcoc import Engine
 from arrcoc.demo.training import measure
-from arrcoc.demo.training.export import export
+from arrcoc.demo.training.export import export, load_weights
 from arrcoc.demo.training.loop import STATE, Run, Trainer
-from arrcoc.demo.training.recipe import Phase, Recipe
+from arrcoc.demo.training.recipe import BankSize, Phase, Recipe
+from arrcoc.errors import ModelError
 
 MODES = ("whole", "smaller", "high", "refine", "replace", "uniform", "crops")
 RECIPE = Recipe(steps=4, phases=(Phase(1.0, {256: (1.0, 2)}, dict.fromkeys(MODES, 1.0)),))
@@ -72,6 +74,39 @@ def test_what_is_exported_answers(whole: Trainer, tiny_checkpoint: Path, tmp_pat
         stored, whole.averaged_state()["lm_head.weight"].bfloat16().float(), rtol=0, atol=0
     )
     assert engine.ask(torch.zeros(3, 128, 128, dtype=torch.uint8), "What is it?").new_tokens <= 2
+
+
+def test_a_run_starts_from_exported_weights(whole: Trainer, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = export(whole.averaged_state(), tiny_checkpoint, tmp_path / "out", {})
+    run = replace(run_in(tmp_path / "next", tiny_checkpoint), initial=folder)
+    started = Trainer(RECIPE, run)
+    fresh = Trainer(RECIPE, replace(run, initial=None))
+    wanted = {name: tensor.bfloat16().float() for name, tensor in whole.averaged_state().items()}
+    for name, tensor in started.model.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
+    assert any(not torch.equal(t, wanted[name]) for name, t in fresh.model.state_dict().items())
+    # The moving average starts there too, and the optimiser has seen nothing.
+    for mean, parameter in zip(started.average, started.parameters, strict=True):
+        assert torch.equal(mean, parameter)
+    assert not started.optimizer.state
+    assert started.step == 0
+
+
+def test_weights_that_do_not_fit_are_refused(whole: Trainer, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        load_weights(whole.model, tmp_path)
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="another model"):
+        load_weights(whole.model, tmp_path)
+
+
+def test_composed_canvases_train(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bank = BankSize(signs=256, strays=4, backgrounds=2, side=256, refresh=1)
+    trainer = Trainer(
+        replace(RECIPE, steps=2, source="composed", bank=bank), run_in(tmp_path, tiny_checkpoint)
+    )
+    assert trainer.fit()
+    assert trainer.step == 2
 
 
 def test_accuracy_counts_right_answers(whole: Trainer) -> None:

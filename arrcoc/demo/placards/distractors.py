@@ -24,9 +24,8 @@ WORDS = (
 def scatter(rng: Rng, canvas: Image, taken: Sequence[Box], ask: Ask, faces: Sequence[Path]) -> list[Box]:
     """Draw a few distractors clear of all taken boxes; returns theirs. No blank sign is of an asked kind."""
     height, width = canvas.shape[:2]
-    most = min(10, height * width // 130_000)
     boxes: list[Box] = []
-    for _ in range(int(rng.integers(0, most + 1))):
+    for _ in range(int(rng.integers(0, most(height, width) + 1))):
         make = _MAKERS[rng.integers(len(_MAKERS))]
         sprite = make(rng, ask, faces[int(rng.integers(len(faces)))])
         size = sprite.alpha.shape[1], sprite.alpha.shape[0]
@@ -35,6 +34,21 @@ def scatter(rng: Rng, canvas: Image, taken: Sequence[Box], ask: Ask, faces: Sequ
             drawing.paste(canvas, sprite, box[0], box[1], shadow=0.2)
             boxes.append(box)
     return boxes
+
+
+def most(height: int, width: int) -> int:
+    """Most distractors on a canvas."""
+    return min(10, height * width // 130_000)
+
+
+def stray(rng: Rng, faces: Sequence[Path]) -> tuple[Sprite, Kind | None]:
+    """A distractor, and for a blank sign its kind, which no question that it stands beside may mean."""
+    nothing = Ask("find", "find.shape")
+    make = _MAKERS[rng.integers(len(_MAKERS))]
+    if make is _blank:
+        kind = blank_kind(rng, nothing)
+        return drawing.blank(rng, str(kind.colour), str(kind.shape)), kind
+    return make(rng, nothing, faces[int(rng.integers(len(faces)))]), None
 
 
 def blank_kind(rng: Rng, ask: Ask) -> Kind:

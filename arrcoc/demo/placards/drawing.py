@@ -77,12 +77,12 @@ def sign(rng: Rng, spec: Spec, font: Path, largest: float = SIZES[1]) -> Sprite:
     centres = np.array([((c - layout.width / 2) * cap * stretch, 0.0) for c in layout.centres])
     half = np.array([width / 2, cap / 2])
     corners = pose.place(offset + half * [(-1, -1), (1, -1), (1, 1), (-1, 1)])
-    ink = _text(font, spec.code, cap, layout, stretch, pose, offset)
-    rgb, alpha = _paint(rng, spec.shape, spec.colour, pose, ink)
     (x0, y0), (x1, y1) = np.floor(corners.min(0)).astype(int), np.ceil(corners.max(0)).astype(int)
-    return Sprite(
-        rgb, alpha, (int(x0), int(y0), int(x1), int(y1)), pose.place(centres + offset).astype(np.float32)
-    )
+    box = int(x0), int(y0), int(x1), int(y1)
+    inked = _grown(box, pose.extent)
+    ink = _text(font, spec.code, cap, layout, stretch, pose, offset, inked)
+    rgb, alpha = _paint(rng, spec.shape, spec.colour, pose, ink, inked)
+    return Sprite(rgb, alpha, box, pose.place(centres + offset).astype(np.float32))
 
 
 def blank(rng: Rng, colour: str, shape: str, largest: float = SIZES[1]) -> Sprite:
@@ -95,12 +95,15 @@ def blank(rng: Rng, colour: str, shape: str, largest: float = SIZES[1]) -> Sprit
 def paste(canvas: Image, sprite: Sprite, x: int, y: int, shadow: float = 0.35) -> None:
     """Blend a sprite into the canvas with its corner at (x, y), over a faint drop shadow two px below."""
     height, width = sprite.alpha.shape
-    soft = sprite.alpha[: height - 2, : width - 2, None] * shadow
+    soft = 1 - sprite.alpha[: height - 2, : width - 2, None] * np.float32(shadow)
     under = canvas[y + 2 : y + height, x + 2 : x + width]
-    under[:] = (under * (1 - soft)).astype(np.uint8)
+    np.multiply(under, soft, out=under, casting="unsafe")
     region = canvas[y : y + height, x : x + width]
-    alpha = sprite.alpha[..., None]
-    region[:] = (region * (1 - alpha) + sprite.rgb * alpha + 0.5).astype(np.uint8)
+    # region + (rgb - region) * alpha, in place: half the temporaries of the usual blend.
+    mixed = np.subtract(sprite.rgb, region, dtype=np.float32)
+    mixed *= sprite.alpha[..., None]
+    mixed += region
+    np.add(mixed, np.float32(0.5), out=region, casting="unsafe")
 
 
 def shade(canvas: Image, region: Box, axes: NDArray[np.float64]) -> None:
@@ -109,10 +112,18 @@ def shade(canvas: Image, region: Box, axes: NDArray[np.float64]) -> None:
     `axes` [2, 2] maps px from the centre to a disc of radius 1.
     """
     x0, y0, x1, y1 = region
-    inner = max(0, y0), min(canvas.shape[0], y1), max(0, x0), min(canvas.shape[1], x1)
+    # Half-widths of the ellipse itself: the root of the diagonal of (axes^T axes)^-1.
+    wide, tall = np.sqrt(np.diag(np.linalg.inv(axes.T @ axes))) + 1
+    middle = (x0 + x1) / 2, (y0 + y1) / 2
+    inner = (
+        max(0, y0, int(middle[1] - tall)),
+        max(0, min(canvas.shape[0], y1, int(middle[1] + tall) + 1)),
+        max(0, x0, int(middle[0] - wide)),
+        max(0, min(canvas.shape[1], x1, int(middle[0] + wide) + 1)),
+    )
     dy = np.arange(inner[0], inner[1], dtype=np.float32)[:, None] - (y0 + y1) / 2
     dx = np.arange(inner[2], inner[3], dtype=np.float32)[None] - (x0 + x1) / 2
-    u, v = (axes[k, 0] * dx + axes[k, 1] * dy for k in (0, 1))
+    u, v = (float(axes[k, 0]) * dx + float(axes[k, 1]) * dy for k in (0, 1))
     fall = np.clip(2.5 - 2.5 * np.sqrt(u * u + v * v), 0, 1)
     factor = (1 - _SHADE * fall * fall * (3 - 2 * fall)).astype(np.float32)
     part = canvas[inner[0] : inner[1], inner[2] : inner[3]]
@@ -136,6 +147,17 @@ def noise() -> NDArray[np.int16]:
     return grain.round().astype(np.int16)
 
 
+def _grown(box: Box, extent: tuple[int, int]) -> Box:
+    """The box and what its letters may reach beyond it, within (width, height)."""
+    edge = 5
+    return (
+        max(0, box[0] - edge),
+        max(0, box[1] - edge),
+        min(extent[0], box[2] + edge),
+        min(extent[1], box[3] + edge),
+    )
+
+
 def _size(rng: Rng, shape: str, largest: float) -> float:
     least = min(shapes.SMALLEST.get(shape, SIZES[0]), largest)
     return float(rng.uniform(least, largest))
@@ -149,21 +171,25 @@ def _pose(shape: str, size: float, degrees: float) -> Pose:
 
 
 def _paint(
-    rng: Rng, shape: str, colour: str, pose: Pose, ink: NDArray[np.float32] | None
+    rng: Rng, shape: str, colour: str, pose: Pose, ink: NDArray[np.float32] | None, inked: Box = (0, 0, 0, 0)
 ) -> tuple[Image, NDArray[np.float32]]:
-    """Fill, rim, code, a little unevenness and grain."""
+    """Fill, rim, code (coverage `ink` of the box `inked`), a little unevenness and grain."""
     rim = rng.uniform(1.5, 3.0)
     alpha = _coverage(shape, pose, 1.0)
     lines = alpha - _coverage(shape, pose, 1 - 2 * rim / pose.size * _rim_share(shape))
     if ink is not None:
-        lines = np.maximum(lines, ink)
+        part = lines[inked[1] : inked[3], inked[0] : inked[2]]
+        np.maximum(part, ink, out=part)
     paint = np.clip(np.array(COLOURS[colour]) + rng.uniform(-9, 9, 3), 0, 255)
-    mixed = paint + (ink_for(paint, rng.uniform(0, 40)) - paint) * lines[..., None]
+    contrast = (ink_for(paint, rng.uniform(0, 40)) - paint).astype(np.float32)
+    mixed = paint.astype(np.float32) + contrast * lines[..., None]
     height, width = alpha.shape
     slope = 1 + rng.uniform(-0.08, 0.08) * np.linspace(-1, 1, height)[:, None, None]
     top, left = rng.integers(0, 256 - max(height, width), 2)
     grain = noise()[top : top + height, left : left + width, None]
-    return np.clip(mixed * slope + grain, 0, 255).astype(np.uint8), alpha
+    mixed *= slope.astype(np.float32)
+    mixed += grain
+    return np.clip(mixed, 0, 255, out=mixed).astype(np.uint8), alpha
 
 
 def _rim_share(shape: str) -> float:
@@ -188,17 +214,20 @@ def _text(
     stretch: float,
     pose: Pose,
     offset: NDArray[np.float64],
+    box: Box,
 ) -> NDArray[np.float32]:
-    """Coverage of the code in the sprite: drawn upright, then stretched, turned and moved in one step."""
+    """Coverage of the code in a box of the sprite: drawn upright, stretched, turned and moved at once."""
     pad = 4
     upright = fonts.draw(font, code, cap * _SCALE, layout, pad)
     middle = np.array([pad + layout.width * cap * _SCALE / 2, pad + cap * _SCALE / 2])
     # PIL asks for the map from output to input pixels.
     back = np.diag([1 / stretch, 1.0]) @ pose.turn.T
-    shift = middle - np.diag([1 / stretch, 1.0]) @ offset * _SCALE - back @ pose.origin * _SCALE
+    corner = pose.origin - box[:2]
+    shift = middle - np.diag([1 / stretch, 1.0]) @ offset * _SCALE - back @ corner * _SCALE
     data = (back[0, 0], back[0, 1], shift[0], back[1, 0], back[1, 1], shift[1])
     affine, bilinear = PilImage.Transform.AFFINE, PilImage.Resampling.BILINEAR
-    return _averaged(upright.transform(_scaled(pose.extent), affine, data, bilinear))
+    extent = box[2] - box[0], box[3] - box[1]
+    return _averaged(upright.transform(_scaled(extent), affine, data, bilinear))
 
 
 def _scaled(extent: tuple[int, int]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ class Lettering(NamedTuple):
     width: float
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=2048)
 def load(path: Path, size: float) -> ImageFont.FreeTypeFont:
     """A font at a size in px."""
     return ImageFont.truetype(str(path), size)
@@ -51,7 +51,8 @@ def lettering(path: Path, code: str, gap: float) -> Lettering:
 
 def draw(path: Path, code: str, cap: float, layout: Lettering, pad: int) -> Image.Image:
     """Coverage of a code ("L" image) at cap height `cap` px, its ink `pad` px from each edge."""
-    font = load(path, round(cap / cap_height(path), 1))
+    # Opening a font costs more than drawing with it, so that few sizes are opened: to half a px of 30 to 65.
+    font = load(path, round(2 * cap / cap_height(path)) / 2)
     mask = Image.new("L", (round(layout.width * cap) + 2 * pad, round(cap) + 2 * pad), 0)
     pen = ImageDraw.Draw(mask)
     for glyph, centre in zip(code, layout.centres, strict=True):

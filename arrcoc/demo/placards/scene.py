@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from arrcoc.demo.placards import distractors, drawing, layout, pictures, shapes
 from arrcoc.demo.placards.backgrounds import background
 from arrcoc.demo.placards.drawing import Sprite
@@ -26,6 +29,13 @@ class Scene(NamedTuple):
     placards: tuple[Placard, ...]
     picture: Picture | None
     background: str
+
+
+class Shadow(NamedTuple):
+    """A soft ellipse centred in `region`; `axes` [2, 2] maps px from its centre to a disc of radius 1."""
+
+    region: Box
+    axes: NDArray[np.float64]
 
 
 def render(
@@ -54,7 +64,8 @@ def render(
     distractors.scatter(rng, canvas, boxes, draft.ask, fonts(split))
     for sprite, box in zip(sprites, boxes, strict=True):
         drawing.paste(canvas, sprite, box[0], box[1])
-    _cast_shadows(rng, canvas, boxes)
+    for shadow in shadows(rng, boxes):
+        drawing.shade(canvas, shadow.region, shadow.axes)
     picture = Picture(picture_id, boxes[0]) if picture_id is not None else None
     own = boxes[len(frame) :]
     placards = tuple(_record(*drawn) for drawn in zip(draft.specs, signs, own, files, strict=True))
@@ -71,9 +82,9 @@ def _record(spec: Spec, sprite: Sprite, box: Box, file: Path) -> Placard:
     return Placard(spec.colour, spec.shape, spec.code, box, code_box, sprite.glyphs + box[:2], file.name)
 
 
-def _cast_shadows(rng: Rng, canvas: Image, boxes: Sequence[Box]) -> None:
+def shadows(rng: Rng, boxes: Sequence[Box]) -> list[Shadow]:
     """Shade a quarter of the signs, in part; shadows never add up, or an orange sign would turn brown."""
-    shaded: list[Box] = []
+    cast: list[Shadow] = []
     for box in boxes:
         if rng.random() >= _SHADED:
             continue
@@ -83,6 +94,6 @@ def _cast_shadows(rng: Rng, canvas: Image, boxes: Sequence[Box]) -> None:
         long, short = side * rng.uniform(1.2, 2.4), side * rng.uniform(0.4, 0.8)
         axes = shapes.rotation(rng.uniform(0, 180)) / [[long], [short]]
         region = int(x - long), int(y - long), int(x + long), int(y + long)
-        if not any(intersects(region, other) for other in shaded):
-            shaded.append(region)
-            drawing.shade(canvas, region, axes)
+        if not any(intersects(region, other.region) for other in cast):
+            cast.append(Shadow(region, axes))
+    return cast

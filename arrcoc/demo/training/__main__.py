@@ -30,9 +30,22 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s"
     )
-    recipe = replace(Recipe(), steps=arguments.steps, seed=arguments.seed, batch_scale=arguments.batch_scale)
+    recipe = replace(
+        Recipe(),
+        steps=arguments.steps,
+        seed=arguments.seed,
+        batch_scale=arguments.batch_scale,
+        source=arguments.source,
+    )
     skeleton = make_skeleton(arguments.folder / "skeleton")
-    run = Run(arguments.folder, skeleton, arguments.photographs, arguments.workers, arguments.stop_after)
+    run = Run(
+        arguments.folder,
+        skeleton,
+        arguments.photographs,
+        arguments.workers,
+        arguments.stop_after,
+        initial=arguments.initial,
+    )
     trainer = Trainer(recipe, run)
     done = trainer.fit()
     if rank == 0:
@@ -86,6 +99,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stop-after", type=float, default=None, help="seconds")
     parser.add_argument("--measure", type=int, default=16, help="most held-out batches per canvas size")
     parser.add_argument("--photographs", type=Path, default=None)
+    parser.add_argument("--source", choices=("drawn", "composed"), default=Recipe().source)
+    parser.add_argument("--initial", type=Path, default=None, help="exported folder to start from")
     return parser.parse_args()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,10 @@ from torch.utils.data import Dataset
 
 from arrcoc.demo.placards import PICTURE, Example, families_for, glyph_labels, sample, target_tiles
 from arrcoc.demo.training.recipe import Recipe
+from arrcoc.errors import ConfigError
 from arrcoc.qwen import QwenVL
+
+_PROBE = "What is it?"
 
 IGNORE = -100
 """Label of tokens that are not part of the answer."""
@@ -72,18 +76,35 @@ class Prompts:
     def __init__(self, qwen: QwenVL) -> None:
         """Args: the checkpoint whose tokenizer and template are used."""
         self.head, _ = qwen.render([_user("?")])
-        self._qwen_parts = qwen.tokenizer, qwen.special.image_pad
+        self._tokenizer = qwen.tokenizer
+        # Rendering the template takes a millisecond, so that it is done once: special tokens on either side
+        # keep the question's own tokens apart from it.
+        self._before, self._after = self._around(qwen.special.image_pad)
         self._end = qwen.tokenize("<|im_end|>")
 
     def tail(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids after the image, and labels of the same length."""
-        tokenizer, image_pad = self._qwen_parts
-        text = tokenizer.apply_chat_template(
-            [_user(question)], tokenize=True, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        asked = text[text.index(image_pad) + 1 :]
-        reply = [*tokenizer(answer, add_special_tokens=False).input_ids, *self._end]
+        asked = [*self._before, *self._ids(question), *self._after]
+        reply = [*self._ids(answer), *self._end]
         return [*asked, *reply], [IGNORE] * len(asked) + reply
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _around(self, image_pad: int) -> tuple[list[int], list[int]]:
+        """What the template puts between image and question, and between question and answer."""
+        rendered = self._tokenizer.apply_chat_template(
+            [_user(_PROBE)], tokenize=True, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        asked, probe = list(rendered[rendered.index(image_pad) + 1 :]), self._ids(_PROBE)
+        found = [i for i in range(len(asked)) if asked[i : i + len(probe)] == probe]
+        if len(found) != 1:
+            raise ConfigError(
+                "a chat template that changes the question",
+                "a template that writes it as it is between special tokens",
+                "Train on a skeleton of `make_skeleton`",
+            )
+        return asked[: found[0]], asked[found[0] + len(probe) :]
 
 
 class BatchDataset(Dataset[Batch]):
@@ -103,29 +124,55 @@ class BatchDataset(Dataset[Batch]):
     def __getitem__(self, item: int) -> Batch:
         """The batch of one step."""
         torch.set_num_threads(1)
-        step = self.steps[item]
-        phase = self.recipe.phase(step)
-        # The draw is the same on every rank, so that all of them do equal work.
-        rng = np.random.default_rng([self.recipe.seed, step])
-        canvas, size = phase.draw_canvas(rng)
-        size = max(1, round(size * self.recipe.batch_scale))
-        mode = phase.draw_mode(rng)
-        first = (step * 4096 + self.rank * 512) * 2
-        examples = [self._example(first + place, canvas, phase.pictures) for place in range(size)]
-        plan_seed = int(rng.integers(1 << 31)) * 64 + self.rank
-        return collate(examples, self.prompts, self.recipe.tile, canvas, mode, plan_seed)
+        drawn = draw_step(self.recipe, self.steps[item], self.rank)
+        examples = [self._example(index, drawn) for index in drawn.indices]
+        return collate(examples, self.prompts, self.recipe.tile, drawn.canvas, drawn.mode, drawn.plan_seed)
 
-    def _example(self, index: int, canvas: int, pictures: float) -> Example:
-        possible = [family for family in families_for(canvas) if family != PICTURE]
-        with_picture = PICTURE in families_for(canvas) and (index * 2654435761 % 1000) / 1000 < pictures
-        families = [PICTURE] if with_picture else possible
-        return sample(self.recipe.seed, index, "train", canvas, families, photographs=self.photographs)
+    def _example(self, index: int, drawn: StepDraw) -> Example:
+        families = step_families(drawn, index)
+        return sample(self.recipe.seed, index, "train", drawn.canvas, families, photographs=self.photographs)
+
+
+class StepDraw(NamedTuple):
+    """What one rank does in one step: canvas side, mode, indices of its examples, share of pictures."""
+
+    canvas: int
+    mode: str
+    indices: range
+    pictures: float
+    plan_seed: int
+
+
+def draw_step(recipe: Recipe, step: int, rank: int) -> StepDraw:
+    """Draw a step; canvas, mode and batch size are the same on every rank, so that all do equal work."""
+    phase = recipe.phase(step)
+    rng = np.random.default_rng([recipe.seed, step])
+    canvas, size = phase.draw_canvas(rng)
+    size = max(1, round(size * recipe.batch_scale))
+    mode = phase.draw_mode(rng)
+    first = (step * 4096 + rank * 512) * 2
+    plan_seed = int(rng.integers(1 << 31)) * 64 + rank
+    return StepDraw(canvas, mode, range(first, first + size), phase.pictures, plan_seed)
+
+
+def step_families(drawn: StepDraw, index: int) -> list[str]:
+    """Families that an example of a step is drawn from: pictures alone for their share, or all others."""
+    possible = families_for(drawn.canvas)
+    if PICTURE in possible and (index * 2654435761 % 1000) / 1000 < drawn.pictures:
+        return [PICTURE]
+    return [family for family in possible if family != PICTURE]
 
 
 def collate(
-    examples: list[Example], prompts: Prompts, tile: int, canvas: int, mode: str, plan_seed: int
+    examples: list[Example],
+    prompts: Prompts,
+    tile: int,
+    canvas: int,
+    mode: str,
+    plan_seed: int,
+    pixels: Tensor | None = None,
 ) -> Batch:
-    """Make a batch of examples of one canvas size."""
+    """Make a batch of examples of one canvas size; `pixels` stands in for their images."""
     pairs = [prompts.tail(example.question, example.answer) for example in examples]
     longest = max(len(ids) for ids, _ in pairs)
     tails = torch.zeros(len(pairs), longest, dtype=torch.long)
@@ -133,9 +180,9 @@ def collate(
     for row, (ids, wanted) in enumerate(pairs):
         tails[row, : len(ids)] = torch.tensor(ids)
         labels[row, : len(wanted)] = torch.tensor(wanted)
-    pixels = (
-        torch.from_numpy(np.stack([example.image for example in examples])).permute(0, 3, 1, 2).contiguous()
-    )
+    if pixels is None:
+        stacked = np.stack([example.image for example in examples])
+        pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
     return Batch(
         images=pixels,
         tails=tails,

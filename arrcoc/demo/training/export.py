@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from arrcoc.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 RECORD = "training.json"
@@ -26,3 +28,22 @@ def export(state: dict[str, Tensor], skeleton: Path, folder: Path, record: dict[
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     return folder
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy the weights of an exported folder into a model of the same shapes.
+
+    Raises:
+        ModelError: no weights in the folder, or other names or shapes than the model's.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ModelError(f"{folder} without {WEIGHTS}", "an exported checkpoint folder", "Export one first")
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ModelError(
+            f"weights of another model in {folder}: {str(error)[:200]}",
+            "an export of the same skeleton",
+            "Start from an export of this recipe, or without one",
+        ) from None

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from arrcoc.demo.placards import ALPHABET
-from arrcoc.demo.training.batches import Batch, BatchDataset, Prompts
+from arrcoc.demo.training.batches import Batch, Prompts
+from arrcoc.demo.training.export import load_weights
+from arrcoc.demo.training.feed import Feed
 from arrcoc.demo.training.forward import AnswerLoss, Losses
 from arrcoc.demo.training.modes import BatchEncoder
 from arrcoc.demo.training.recipe import Recipe
@@ -48,6 +50,8 @@ class Run:
         workers: processes that draw batches, per GPU.
         stop_after: seconds after which the run saves itself and stops; None for never.
         save_every: seconds between saves.
+        initial: an exported checkpoint folder whose weights the run starts from, with a fresh optimiser;
+            a run that has a state of its own goes on with that.
     """
 
     folder: Path
@@ -56,6 +60,7 @@ class Run:
     workers: int = 2
     stop_after: float | None = None
     save_every: float = 120.0
+    initial: Path | None = None
 
 
 class Trainer:
@@ -70,6 +75,8 @@ class Trainer:
         config: Any = Qwen3VLConfig.from_pretrained(run.skeleton)
         stock: Any = Qwen3VLForConditionalGeneration
         self.model = stock._from_config(config, attn_implementation="sdpa").float()
+        if run.initial is not None:
+            load_weights(self.model, run.initial)
         self.model.to(self.device).train()
         self.qwen = QwenVL(self.model, AutoTokenizer.from_pretrained(run.skeleton), ([0.5] * 3, [0.5] * 3))
         self.prompts = Prompts(self.qwen)
@@ -89,7 +96,7 @@ class Trainer:
         with self._progress() as progress:
             task = progress.add_task("train", total=self.recipe.steps, completed=self.step, loss=float("nan"))
             for batch in self._batches(steps):
-                losses = self._step(batch.to(self.device))
+                losses = self._step(batch)
                 if self.step % 50 == 0:
                     record = self._log(losses, batch, begun)
                     progress.update(task, completed=self.step, loss=record["answer"])
@@ -147,18 +154,9 @@ class Trainer:
             parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
             start += parameter.numel()
 
-    def _batches(self, steps: range) -> DataLoader[Batch]:
-        dataset = BatchDataset(self.recipe, self.prompts, steps, self.rank, self.run.photographs)
-        workers = self.run.workers
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=False,
-            prefetch_factor=4 if workers else None,
-            persistent_workers=False,
-            multiprocessing_context="fork" if workers else None,
-        )
+    def _batches(self, steps: range) -> Iterator[Batch]:
+        feed = Feed(self.recipe, self.prompts, self.rank, self.device, self.run.photographs, self.run.workers)
+        return feed.batches(steps)
 
     def _optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.parameters if p.dim() > 1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -55,6 +56,27 @@ _LATE = {
 
 
 @dataclass(frozen=True, slots=True)
+class BankSize:
+    """Pre-drawn parts of composed canvases.
+
+    Attributes:
+        signs: number of signs, a multiple of 4 (see `arrcoc.demo.training.bank`): 50 kB each on the device.
+        strays: number of distractors, 260 kB each.
+        backgrounds: number of backgrounds of `side` x `side` px, 3 bytes a px.
+        side: of a background, in px.
+        refresh: steps after which a part of everything is drawn anew.
+        parts: number of refreshes after which nothing is left of the first bank.
+    """
+
+    signs: int = 8192
+    strays: int = 1024
+    backgrounds: int = 384
+    side: int = 1024
+    refresh: int = 1000
+    parts: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A whole run.
 
@@ -68,6 +90,9 @@ class Recipe:
         glyph_weight: of the auxiliary glyph loss.
         average: decay of the exponential moving average of the weights.
         batch_scale: multiplies every batch size.
+        source: "drawn" draws every canvas in worker processes; "composed" pastes pre-drawn signs on the
+            device (see `arrcoc.demo.training.compose`).
+        bank: how many pre-drawn parts "composed" chooses from.
     """
 
     steps: int = 12_000
@@ -82,6 +107,8 @@ class Recipe:
     glyph_weight: float = 0.5
     average: float = 0.999
     batch_scale: float = 1.0
+    source: Literal["drawn", "composed"] = "drawn"
+    bank: BankSize = BankSize()
     phases: tuple[Phase, ...] = field(
         default=(
             Phase(0.10, {128: (1.0, 256)}, _EARLY),
