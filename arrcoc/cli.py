@@ -1,4 +1,4 @@
-"""The command line: `arrcoc demo | ask | encode | describe`.
+"""The command line: `arrcoc demo | ask | encode | describe | fit | eval`.
 
 Exit codes: 0 done; 1 the input or the work failed (one line on stderr); 2 the command was misused; 130
 Ctrl-C. Commands import torch and the engine when they run, never before, so that help comes at once.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Written out, because the modules that own them import torch; tests compare the two.
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 LAYOUTS = ("replace", "refine", "crops")
+METHODS = "arrcoc,downscale,random,saliency,fastv,visionzip"
 
 app = typer.Typer(
     help="Answers questions about images with Qwen-VL, spending vision tokens only where they are needed.",
@@ -229,6 +230,101 @@ def describe(
             typer.echo(to_json(description))
         else:
             stdout().print(facts_table(description))
+
+
+@app.command()
+def fit(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the images.")],
+    questions: Annotated[
+        Path,
+        typer.Argument(metavar="QUESTIONS.jsonl", help="Lines of image, question and, where known, boxes."),
+    ],
+    model: Annotated[str, typer.Option(help="Qwen3-VL folder, or hub name (then with --out).")],
+    preset: Preset = "auto",
+    target: Annotated[str, typer.Option(metavar="auto|boxes|glimpse", help="What is fitted to.")] = "auto",
+    steps: Annotated[int, typer.Option(help="Most optimiser steps.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Questions in a step.")] = 8,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 4e-3,
+    seed: Annotated[int, typer.Option(help="Of weights, batches and held-out images.")] = 0,
+    held_out: Annotated[float, typer.Option(help="Share of the images to judge by.")] = 0.1,
+    patience: Annotated[int, typer.Option(help="Judgements without gain before it stops.")] = 8,
+    save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 30.0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="F.safetensors", help="Default: beside the model, for the engine.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fit the texture head to a model, from boxes or by distilling the glimpse; resumes what was cut off."""
+    with reporting(debug or ctx.obj):
+        from arrcoc import fitting
+        from arrcoc.fitting.display import metrics_table, showing
+
+        quiet_transformers()
+        given = {"target": target, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+        more = {"held_out": held_out, "patience": patience, "save_every": save_every}
+        settings = fitting.FitSettings.make(**given, **more)
+        with showing() as progress:
+            made = fitting.fit(folder, questions, model, preset, settings, out, device, dtype, progress)
+        if json:
+            from arrcoc.report import to_json
+
+            typer.echo(to_json(made.report | {"weights": str(made.weights), "work": str(made.work)}))
+            return
+        stdout().print(metrics_table(made.held_out))
+        for name, path in {"weights": made.weights, "report": made.work / "report.json"}.items():
+            typer.echo(f"{name}: {path}")
+
+
+def _budgets(text: str) -> str:
+    for part in text.split(","):
+        parse_budget(part)
+    return text
+
+
+@app.command("eval")
+def evaluate(
+    ctx: typer.Context,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for answers, tables and the curve.")],
+    dataset: Annotated[str, typer.Option(help="placards, FILE.jsonl or FILE.parquet.")] = "placards",
+    methods: Annotated[str, typer.Option(help="Any of these, with commas.")] = METHODS,
+    budgets: Annotated[
+        str, typer.Option(callback=_budgets, help="Shares or tokens, with commas.")
+    ] = "0.0625,0.125,0.25,0.5,1.0",
+    model: Model = None,
+    preset: Preset = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    layout: LayoutName = None,
+    canvas: Annotated[int, typer.Option(help="Side of placards' images, px.")] = 1024,
+    count: Annotated[int, typer.Option(min=1, help="Number of placards' questions.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of placards, and of method random.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most questions, from the first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 16,
+    resume: Annotated[bool, typer.Option(help="Keep the answers that are already in the folder.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Measure accuracy against vision tokens, beside other methods on the same checkpoint."""
+    with reporting(debug or ctx.obj):
+        from arrcoc.evaluation import command, datasets
+        from arrcoc.evaluation import methods as lab_methods
+
+        def make_lab() -> lab_methods.Lab:
+            with working("loading the model"):
+                quiet_transformers()
+                overrides: dict[str, Any] = {} if layout is None else {"layout": layout}
+                return lab_methods.Lab.open(model, preset, device, dtype, max_new_tokens, seed, **overrides)
+
+        cases = datasets.load(dataset, canvas, count, seed)
+        chosen = [parse_budget(part) for part in budgets.split(",")]
+        cells = command.evaluate(
+            make_lab, cases, command.split(methods), chosen, out, limit, resume, counting
+        )
+        for line in command.closing_lines(cells, out):
+            typer.echo(line)
 
 
 def _image_source(argument: str) -> str | bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,8 +19,24 @@ from arrcoc.glimpse import GlimpseScorer, JointGlimpse
 from arrcoc.kv import Prefix
 from arrcoc.lod import LodEngine
 from arrcoc.qwen import QwenVL
-from arrcoc.records import Features, Frame, Grid, Lod, Plan, Query, Scores, Texture, Tiles, VisionSequence
+from arrcoc.records import (
+    Features,
+    Frame,
+    Grid,
+    Lod,
+    Plan,
+    Query,
+    Relevance,
+    Scores,
+    Tensions,
+    Texture,
+    Tiles,
+    VisionSequence,
+)
 from arrcoc.timing import StageTimer
+
+Judge = Callable[[Frame, Texture], Tensor]
+"""Relevance from elsewhere: a finite map fp32 [R, C] in [0, 1], on the texture's device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +77,14 @@ class Pipeline:
         self._encoder = TileEncoder(engines, cache, image.tile_pixels, qwen.vision.token_px)
 
     @torch.inference_mode()
-    def look(self, pixels: Tensor, query: Query, budget: int | float | None, timer: StageTimer) -> Look:
+    def look(
+        self,
+        pixels: Tensor,
+        query: Query,
+        budget: int | float | None,
+        timer: StageTimer,
+        judge: Judge | None = None,
+    ) -> Look:
         """Encode an image for a question.
 
         Args:
@@ -69,6 +92,8 @@ class Pipeline:
             query: the question.
             budget: tokens, a share of full resolution, or None for the configured one.
             timer: receives one stage per step.
+            judge: stands in for scorers and opponent processing; the encoding's scores then all hold its
+                map, and its tensions are 0.
 
         Raises:
             BudgetError: the budget is outside what the image allows.
@@ -83,9 +108,15 @@ class Pipeline:
         with timer.stage("glimpse"):
             glimpse = self._glimpse(frame)
         with timer.stage("score"):
-            scores, prefix = self._score(maps, query, glimpse)
+            if judge is None:
+                scores, prefix = self._score(maps, query, glimpse)
+            else:
+                scores, prefix = Scores(*[judge(frame, maps)] * 3), None
         with timer.stage("balance"):
-            relevance = opponent.balance(scores, config)
+            if judge is None:
+                relevance = opponent.balance(scores, config)
+            else:
+                relevance = Relevance(scores.participatory, Tensions(0.0, 0.0, 0.0))
         with timer.stage("allocate"):
             plan = allocation.plan(relevance, frame.grid, config, tokens)
         with timer.stage("encode"):

@@ -20,7 +20,7 @@ HELPERS = {
 }
 """What a stage may import besides `BASE`."""
 
-ORDER = {"engine", "pipeline", "viewer", "prompting"}
+ORDER = {"engine", "pipeline", "viewer", "prompting", "fitting", "evaluation"}
 """The only modules that know more than one stage, or the engine's side of one."""
 
 HUGGING_FACE = {"qwen", "vision", "loading"}
@@ -101,7 +101,7 @@ def test_only_qwen_knows_hugging_face(name: str) -> None:
 def test_demo_imports_nothing_of_the_command_line_and_the_core_little_of_demo() -> None:
     assert imported("demo") & {"cli", "console"} == set()
     users = {name for name in SOURCES if "demo" in imported(name)} - {"demo"}
-    assert users <= {"engine", "cli", "console"}
+    assert users <= {"engine", "cli", "console", "evaluation"}
 
 
 def test_the_checker_sees_every_form_of_import() -> None:

@@ -6,6 +6,7 @@ equally sized images is a plain [B, N, hidden] tensor, which compiles, captures 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -66,12 +67,24 @@ class StaticTower(nn.Module):
         hidden, planes = self.trunk(patches, positions, cos, sin)
         return self.merge(self.weights.merger, hidden), planes
 
-    def trunk(self, patches: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` up to the last merger: last hidden state [B, N, hidden] and DeepStack planes."""
+    def trunk(
+        self,
+        patches: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        observe: Callable[[int, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` up to the last merger: last hidden state [B, N, hidden] and DeepStack planes.
+
+        `observe` is called with the number of each block and its input [B, N, hidden].
+        """
         weights = self.weights
         hidden = nn.functional.linear(patches, weights.patch_weight, weights.patch_bias) + positions
         planes = []
         for number, block in enumerate(weights.blocks):
+            if observe is not None:
+                observe(number, hidden)
             hidden = hidden + self._attend(block.qkv, block.proj, block.norm1(hidden), cos, sin)
             hidden = hidden + block.mlp(block.norm2(hidden))
             if number in weights.deepstack:

@@ -1,0 +1,1 @@
+"""Other ways to spend fewer vision tokens, implemented from their papers."""
