@@ -99,14 +99,7 @@ def fit(
     trainer.fit(lambda done, total, loss: progress(f"fitting, loss {loss:.4f}", done, total))
     held_out = judge_scorers(trainer.head, untrained, held)
     trainer.head.save(weights, qwen.fingerprint, qwen.embedding_probe)
-    better = losing_to(held_out)
-    if better:
-        logger.warning(
-            "On held-out images the fitted head finds targets no better than: %s. Fit to more questions, or "
-            "remove %s so that the engine does not use it.",
-            ", ".join(better),
-            weights,
-        )
+    better = _called_out(held_out, weights)
     report = {
         **_origin(qwen, presets, questions),
         "settings": chosen.model_dump(),
@@ -121,6 +114,19 @@ def fit(
     draw(trainer.history.curve, held_out, work / "curves.png")
     _write_text(work / "report.json", json.dumps(report, indent=2) + "\n")
     return FitResult(weights, work, held_out, report)
+
+
+def _called_out(held_out: dict[str, Metrics], weights: Path) -> list[str]:
+    """Scorers that find targets as well as the fitted head; warns if there are any."""
+    better = losing_to(held_out)
+    if better:
+        logger.warning(
+            "On held-out images the fitted head finds targets no better than: %s. Fit to more questions, or "
+            "remove %s so that the engine does not use it.",
+            ", ".join(better),
+            weights,
+        )
+    return better
 
 
 def _trainer(
