@@ -52,13 +52,18 @@ class TileEncoder:
         keys = [TileKey(hashes[tile], int(lod), engine.fingerprint) for tile in tiles]
         weights = [relevance[tile] for tile in tiles]
         found = self._cache.get(keys, weights, frame.pixels.device)
-        missing = [place for place, hit in enumerate(found) if hit is None]
+        missing: dict[TileKey, list[int]] = {}
+        for place, hit in enumerate(found):
+            if hit is None:
+                missing.setdefault(keys[place], []).append(place)
         if missing:
-            fresh = self._encode_missing(frame, engine, index[missing])
-            for row, place in enumerate(missing):
+            # Tiles with the same pixels, such as a page's blank ones, are encoded once.
+            fresh = self._encode_missing(frame, engine, index[[places[0] for places in missing.values()]])
+            for row, (key, places) in enumerate(missing.items()):
                 made = Features(fresh.tokens[row : row + 1], fresh.deepstack[:, row : row + 1])
-                self._cache.put(keys[place], made, weights[place])
-                found[place] = made
+                self._cache.put(key, made, sum(weights[place] for place in places))
+                for place in places:
+                    found[place] = made
         return Tiles(lod, engine.side, index, _join([hit for hit in found if hit is not None]))
 
     def _encode_missing(self, frame: Frame, engine: LodEngine, index: Tensor) -> Features:

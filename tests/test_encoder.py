@@ -66,6 +66,23 @@ def test_tiles_come_back_in_the_order_asked_for(engines, frame):
     assert (medium.lod, medium.features.tokens.shape) == (Lod.MEDIUM, (1, 9, 2))
 
 
+@pytest.mark.parametrize("cache_bytes", [1 << 20, 0])
+def test_tiles_with_the_same_pixels_are_encoded_once(engines, frame, cache_bytes):
+    encoder, _ = make(engines, cache_bytes)
+    (tiles,) = encoder.encode(frame, {Lod.HIGH: torch.arange(6)}, RELEVANCE)
+    assert engines[Lod.HIGH].encoded == 5  # tile 5 is like tile 0
+    assert tiles.features.tokens[:, 0, 0].tolist() == [0, 10, 20, 30, 40, 0]
+
+
+def test_every_use_of_an_equal_tile_counts(engines, frame):
+    encoder, cache = make(engines)
+    encoder.encode(frame, {Lod.HIGH: torch.tensor([0, 1, 5])}, RELEVANCE)
+    # Tile 0 was used twice at relevance 0.5, tile 1 once.
+    assert cache.evict_low_relevance(0.75) == 1
+    encoder.encode(frame, {Lod.HIGH: torch.tensor([0, 1])}, RELEVANCE)
+    assert engines[Lod.HIGH].encoded == 3
+
+
 def test_only_what_is_missing_is_encoded(engines, frame):
     encoder, cache = make(engines)
     first = encoder.encode(frame, {Lod.HIGH: torch.tensor([1, 3])}, RELEVANCE)
