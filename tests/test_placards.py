@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +46,8 @@ from arrcoc.demo.placards import (
     split_of,
     target_tiles,
 )
+from arrcoc.demo.placards import fonts as lettering
+from arrcoc.demo.placards.fonts import PLAIN, Hand
 from arrcoc.demo.placards.layout import Footprint
 from arrcoc.demo.placards.paraphrases import FORMS
 from arrcoc.demo.placards.records import Box, Spec, intersects
@@ -85,7 +89,7 @@ def easy_vqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _forget_pictures() -> None:
-    for cached in (pictures.rows, pictures._grouped, pictures._picture, pictures._folder):
+    for cached in (pictures.rows, pictures.pictured, pictures._grouped, pictures._picture, pictures._folder):
         cached.cache_clear()
 
 
@@ -390,12 +394,13 @@ def test_nothing_covers_a_code_and_all_lies_on_the_canvas(examples: list[Example
     assert overlaps > 0
 
 
+@pytest.mark.parametrize("hand", [PLAIN, Hand(0.3), Hand(-0.3, "bold", 1.0)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_glyph_centres_are_where_the_glyphs_are(shape: str) -> None:
+def test_glyph_centres_are_where_the_glyphs_are(shape: str, hand: Hand) -> None:
     """Letters of one piece: three connected regions of ink around the recorded centres, 12 to 22 px high."""
     rng = np.random.default_rng(3)
     for font in fonts("train")[:4]:
-        sprite = drawing.sign(rng, Spec("yellow", shape, "XHN"), font)
+        sprite = drawing.sign(rng, Spec("yellow", shape, "XHN"), font, hand=hand)
         x0, y0, x1, y1 = sprite.code_box
         assert sprite.alpha[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2].min() == 1
         # Black on yellow: half way between the two in red.
@@ -407,6 +412,84 @@ def test_glyph_centres_are_where_the_glyphs_are(shape: str) -> None:
             assert x0 - 1 + (left + right) / 2 == pytest.approx(x, abs=1.6)
             assert y0 - 1 + (top + bottom) / 2 == pytest.approx(y, abs=1.6)
             assert 10 <= bottom - top <= 26
+
+
+def test_a_shear_leans_to_the_right() -> None:
+    """The ink of an upright H's upper half lies right of its lower half's, by shear times half the height."""
+    font = fonts("train")[0]
+    found = []
+    for shear in (-0.3, 0.0, 0.3):
+        sprite = drawing.sign(
+            np.random.default_rng(4), Spec("yellow", "square", "HHH"), font, hand=Hand(shear)
+        )
+        x0, y0, x1, y1 = sprite.code_box
+        ink = np.maximum(0, 180 - sprite.rgb[y0:y1, x0:x1, 0].astype(float))
+        upper, lower = np.array_split(ink, 2)
+        across = np.arange(x1 - x0)
+        means = [float((half.sum(0) * across).sum() / half.sum()) for half in (upper, lower)]
+        found.append((means[0] - means[1]) / ((y1 - y0) / 2))
+    # The sign's own tilt adds the same to all three.
+    assert found[2] - found[1] == pytest.approx(0.3, abs=0.12)
+    assert found[1] - found[0] == pytest.approx(0.3, abs=0.12)
+
+
+def test_strokes_change_the_ink() -> None:
+    mask = lettering.draw(fonts("train")[0], "R7K", 40, lettering.lettering(fonts("train")[0], "R7K", 0.2), 4)
+    plain = np.asarray(mask, float)
+    bold, thin, soft = (
+        np.asarray(lettering.inked(mask, Hand(0.0, stroke, 1.0)), float)
+        for stroke in ("bold", "thin", "soft")
+    )
+    assert (bold >= plain).all()
+    assert (thin <= plain).all()
+    assert bold.sum() > 1.1 * plain.sum() > 1.2 * thin.sum()
+    assert soft.sum() == pytest.approx(plain.sum(), rel=0.05)
+    assert np.abs(np.diff(soft)).max() < np.abs(np.diff(plain)).max()
+    hands = [lettering.random_hand(np.random.default_rng(i)) for i in range(600)]
+    assert all(abs(hand.shear) <= 0.3 for hand in hands)
+    # A third of 600 is 200, standard deviation 12.
+    assert 150 < sum(hand.stroke != "plain" for hand in hands) < 250
+    assert {hand.stroke for hand in hands} == {"plain", "bold", "thin", "soft"}
+
+
+def test_every_font_has_upright_glyphs_of_its_own() -> None:
+    """No glyph is missing (all missing ones look alike), and digits stand on the line like capitals."""
+    for font in (*fonts("train"), *fonts("test")):
+        face = lettering.load(font, 100)
+        assert len({bytes(face.getmask(glyph)) for glyph in ALPHABET}) == len(ALPHABET), font.name
+        for glyph in ALPHABET:
+            _, top, _, bottom = face.getbbox(glyph, anchor="ls")
+            assert bottom <= 24, (font.name, glyph)
+            assert 0.85 < -top / (100 * lettering.cap_height(font)) < 1.15, (font.name, glyph)
+
+
+@pytest.mark.skipif(PIL.__version__ != "13.0.0", reason="hashes are of Pillow 13.0.0's lettering")
+@pytest.mark.parametrize(("index", "digest"), [(0, "c4551ffbf33ef928"), (1, "db8c796904dd25ae")])
+def test_the_test_split_is_drawn_as_ever(index: int, digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken before training signs were lettered by random hands; on a grey background, without torch."""
+
+    def grey(rng: object, split: str, height: int, width: int, folder: object) -> tuple[np.ndarray, str]:
+        return np.full((height, width, 3), 128, np.uint8), "grey"
+
+    monkeypatch.setattr("arrcoc.demo.placards.scene.background", grey)
+    image = sample(11, index, "test", 512).image
+    assert hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest() == digest
+
+
+def test_training_signs_are_lettered_by_random_hands(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Hand] = []
+    sign = drawing.sign
+
+    def spy(*args: Any) -> drawing.Sprite:
+        drawn.append(args[-1])
+        return sign(*args)
+
+    monkeypatch.setattr(drawing, "sign", spy)
+    sample(0, 0, "train", 1024)
+    assert len(set(drawn)) == len(drawn) > 3
+    drawn.clear()
+    sample(0, 0, "test", 1024)
+    assert set(drawn) == {PLAIN}
 
 
 @pytest.mark.parametrize(

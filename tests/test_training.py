@@ -33,14 +33,13 @@ def answer_logits(loss, batch, encoded):
     """Logits of the last prompt token of every example, through the training path."""
     seen = {}
     original = loss._score
-    loss._score = lambda hidden, labels, enc: (
-        seen.update(hidden=hidden, labels=labels) or original(hidden, labels, enc)
+    loss._score = lambda hidden, tail, *rest: (
+        seen.update(hidden=hidden, last=tail + batch.last) or original(hidden, tail, *rest)
     )
     with torch.no_grad():
         loss(batch, encoded)
     del loss._score
-    first = (seen["labels"] != -100).float().argmax(1) - 1
-    return loss._lm_head[0](seen["hidden"][torch.arange(len(first)), first])
+    return loss._lm_head[0](seen["hidden"][torch.arange(len(seen["last"])), seen["last"]])
 
 
 def test_whole_images_train_as_the_stock_model_sees_them(parts, stock_model, tiny_checkpoint):
@@ -61,32 +60,35 @@ def test_whole_images_train_as_the_stock_model_sees_them(parts, stock_model, tin
         torch.testing.assert_close(ours[row], theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["refine", "crops", "high"])
-def test_tiles_train_as_the_engine_sees_them(parts, mode, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "halo", "stride"),
+    [("refine", 0, 1), ("crops", 0, 1), ("high", 0, 1), ("refine", 1, 2), ("crops", 1, 3), ("high", 1, 1)],
+)
+def test_tiles_train_as_the_engine_sees_them(parts, mode, halo, stride, monkeypatch):
     engine, prompts, examples, recipe, loss, encoder = parts
     layout = "crops" if mode == "crops" else "refine"
-    engine = Engine.from_pretrained(engine._qwen.name, preset="demo", device="cpu", layout=layout)
+    engine = Engine.from_pretrained(
+        engine._qwen.name, preset="demo", device="cpu", layout=layout, halo=halo, overview_stride=stride
+    )
     batch = collate(examples, prompts, recipe.tile, CANVAS, mode, 0)
-    # Crops follow one another by LOD in training and in raster order in the engine: one LOD keeps them alike.
     lod = torch.zeros(2, 16, dtype=torch.long) if mode != "high" else torch.full((2, 16), 3)
     lod[:, [2, 7, 9]] = 3
-    if mode == "refine":
+    if mode != "high":
         lod[:, [0, 4]] = 1
         lod[:, 15] = 2
-    ours = answer_logits(loss, batch, encoder.encode(batch, lod))
+    ours = answer_logits(loss, batch, encoder.encode(batch, lod, halo=halo, stride=stride))
     plan = allocation.plan
     for row, example in enumerate(examples):
 
         def planned(relevance, grid, config, budget, row=row):
             made: Plan = plan(relevance, grid, config, budget)
-            tokens = (
-                int(sum(s * s * int((lod[row] == i).sum()) for i, s in enumerate(config.sides) if i)) + 16
-            )
+            refined = sum(s * s * int((lod[row] == i).sum()) for i, s in enumerate(config.sides) if i)
+            tokens = int(refined) + (-(-4 // stride)) ** 2
             return dataclasses.replace(
                 made,
                 lod=lod[row].view(4, 4),
                 tokens=256 if mode == "high" else tokens,
-                glimpse=mode != "high",
+                overview_stride=stride if mode != "high" else 0,
                 tensions=Tensions(0.0, 0.0, 0.0),
             )
 
@@ -102,7 +104,7 @@ def test_a_batch_follows_from_seed_step_and_rank(parts):
     from arrcoc.demo.training.recipe import Phase
 
     _, prompts, *_ = parts
-    recipe = Recipe(steps=4, phases=(Phase(1.0, {128: (1.0, 2)}, {"whole": 1.0}),))
+    recipe = Recipe(steps=4, phases=(Phase(1.0, {128: 1.0}, {"whole": 1.0}, batch=2),))
     first = BatchDataset(recipe, prompts, range(0, 4), rank=0)[2]
     resumed = BatchDataset(recipe, prompts, range(2, 4), rank=0)[0]
     other = BatchDataset(recipe, prompts, range(2, 4), rank=1)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,21 @@ _DEFAULT_FAMILY = "all"
 class Placards:
     """The test split of `arrcoc.demo.placards`; see `Cases`."""
 
-    def __init__(self, canvas: int, count: int, seed: int) -> None:
-        """Args: side of the images in px, number of cases, seed of the examples.
+    def __init__(self, canvas: int, count: int, seed: int, families: Sequence[str] | None = None) -> None:
+        """Args: side of the images in px, number of cases, seed of the examples, question families.
 
         Raises:
-            ConfigError: no cases, or a canvas or seed that placards refuses.
+            ConfigError: no cases, or a canvas, seed or families that placards refuses.
         """
         if count < 1:
             raise ConfigError(f"count {count}", "at least 1", "Raise it")
         self.name = PLACARDS
-        self.identity: dict[str, str | int] = {"dataset": PLACARDS, "canvas": canvas, "seed": seed}
+        self.identity: dict[str, str | int | list[str]] = {
+            **{"dataset": PLACARDS, "canvas": canvas, "seed": seed},
+            **({} if families is None else {"families": list(families)}),
+        }
         self.has_targets = True
-        self._canvas, self._count, self._seed = canvas, count, seed
+        self._canvas, self._count, self._seed, self._families = canvas, count, seed, families
         self[0]
 
     def __len__(self) -> int:
@@ -42,7 +45,7 @@ class Placards:
 
     def __getitem__(self, index: int) -> Case:
         """Case `index`, whatever the number of cases."""
-        drawn = sample(self._seed, index, "test", self._canvas)
+        drawn = sample(self._seed, index, "test", self._canvas, self._families)
         return Case(str(index), drawn.family, drawn.image, drawn.question, (drawn.answer,), drawn.targets)
 
 
@@ -52,7 +55,7 @@ class FileCases:
     def __init__(self, path: Path, cases: list[Case]) -> None:
         """Args: the file, its rows."""
         self.name = path.name
-        self.identity: dict[str, str | int] = {"dataset": path.name, "blake2b": _digest(path)}
+        self.identity: dict[str, str | int | list[str]] = {"dataset": path.name, "blake2b": _digest(path)}
         self.has_targets = all(case.targets is not None for case in cases)
         self._cases = cases
 
@@ -85,19 +88,23 @@ class _Fields(BaseModel):
         return self
 
 
-def load(dataset: str, canvas: int, count: int, seed: int) -> Cases:
+def load(dataset: str, canvas: int, count: int, seed: int, families: Sequence[str] | None = None) -> Cases:
     """A data set by name or path.
 
     Args:
         dataset: `placards`, or the path of a .jsonl or .parquet file.
         canvas, count, seed: of `placards`; a file has its own rows.
+        families: of `placards`' questions, None for all but `picture`.
 
     Raises:
-        ConfigError: no such data set, or a row that is not valid, by file and line.
+        ConfigError: no such data set, families of a file, or a row that is not valid, by file and line.
         ImageError: a row names an image that is not there, by file and line.
     """
     if dataset == PLACARDS:
-        return Placards(canvas, count, seed)
+        return Placards(canvas, count, seed, families)
+    if families is not None:
+        given = f"families {', '.join(families)} of {dataset}"
+        raise ConfigError(given, f"families of {PLACARDS} alone", "Leave them out")
     path = Path(dataset)
     if path.suffix not in _SUFFIXES or not path.is_file():
         allowed = f"{PLACARDS}, or an existing {' or '.join(_SUFFIXES)} file"

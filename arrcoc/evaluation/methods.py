@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,29 @@ class Lab:
         return self.qwen.detokenize(list(self._decoder.generate(state, self._sampling)))
 
     def _pipeline(self, config: Config) -> Pipeline:
-        engines = {lod: TorchLodEngine(self.qwen, config.sides[lod], config.buckets) for lod in Lod}
+        engines = {
+            lod: TorchLodEngine(self.qwen, config.sides[lod], config.buckets, config.halo) for lod in Lod
+        }
         cache = TileCache(0, config.cache_half_life, config.cache_location)
         return Pipeline(self.qwen, config, engines, cache, None)
+
+
+@dataclass(frozen=True, slots=True)
+class LabChoice:
+    """Which lab to open, in this process or another: the arguments of `Lab.open`."""
+
+    model: str | Path | None
+    preset: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_new_tokens: int = 16
+    seed: int = 0
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def open(self) -> Lab:
+        """Load the checkpoint; raises what `Lab.open` raises."""
+        chosen = self.model, self.preset, self.device, self.dtype
+        return Lab.open(*chosen, self.max_new_tokens, self.seed, **self.overrides)
 
 
 def arrcoc(lab: Lab, picture: Picture, budget: int) -> Given:

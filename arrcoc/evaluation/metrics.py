@@ -75,6 +75,6 @@ def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> 
     """
     assert values, "nothing to average"
     data, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    means = [data[rng.integers(len(data), size=len(data))].mean() for _ in range(resamples)]
+    means = data[rng.integers(len(data), size=(resamples, len(data)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(data.mean()), float(low), float(high))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,6 +14,8 @@ from arrcoc.image import ImageInput
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels of the source image, x1 and y1 exclusive."""
+Budgets = Sequence[int | float]
+"""Shares of full resolution in (0, 1], or whole numbers of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Cases(Protocol):
         ...
 
     @property
-    def identity(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, str | int | list[str]]:
         """All that the cases depend on, to tell two data sets apart when a run is resumed."""
         ...
 
@@ -78,7 +81,8 @@ class Given(NamedTuple):
 class Row(BaseModel):
     """One line of the answers file.
 
-    `tokens`, `answer` and `milliseconds` are None where the budget is below the method's least.
+    `tokens`, `answer` and `milliseconds` are None where the budget is below the method's least. `workers` is
+    the number of processes that shared the device when the time was taken.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -95,6 +99,7 @@ class Row(BaseModel):
     answer: str | None
     exact: float | None
     anls: float | None
+    workers: int = 1
 
     @property
     def key(self) -> tuple[str, str, str]:

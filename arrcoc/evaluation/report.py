@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import arrcoc
 from arrcoc.devices import device_name
 from arrcoc.errors import ConfigError
 from arrcoc.evaluation.curve import draw
@@ -20,28 +16,30 @@ from arrcoc.evaluation.methods import Lab
 from arrcoc.evaluation.records import Cases, Row, budget_key
 from arrcoc.evaluation.summary import Cell, by_family, summarise
 from arrcoc.plot import save
+from arrcoc.provenance import commit, versions
 from arrcoc.report import write_json
 
 CURVE, TABLE, RESULTS = "curve.png", "results.md", "results.json"
 
-_PACKAGES = ("torch", "transformers", "numpy")
 _NOTES = (
     "Exact match in per cent with its bootstrap 95 % interval. All methods answer with the same checkpoint "
     "and at most the same vision tokens. Time is the median from decoded pixels to text, one answer at a "
-    "time, without a tile cache. fastv and visionzip encode the whole image first; fastv's tokens are those "
-    "after layer 2, and its first two layers see all of them."
+    "time in a process, without a tile cache. fastv and visionzip encode the whole image first; fastv's "
+    "tokens are those after layer 2, and its first two layers see all of them."
+)
+_SHARED = (
+    " Up to {} processes shared the device: answers are those of one process, but times hold each other's "
+    "waiting and are not comparable with those of another run."
 )
 
 
-def write(lab: Lab, cases: Cases, rows: Sequence[Row], out: Path, arguments: Sequence[str]) -> list[Cell]:
+def write(about: dict[str, Any], rows: Sequence[Row], out: Path) -> list[Cell]:
     """Write `CURVE`, `TABLE` and `RESULTS` to a folder.
 
     Args:
-        lab: the checkpoint.
-        cases: the data set.
+        about: what `provenance` says.
         rows: all answers, at least one.
         out: an existing folder.
-        arguments: of the command that made them.
 
     Returns:
         The cells of the whole data set.
@@ -50,7 +48,7 @@ def write(lab: Lab, cases: Cases, rows: Sequence[Row], out: Path, arguments: Seq
         ConfigError: the folder cannot be written.
     """
     cells, families = summarise(rows), by_family(rows)
-    about = provenance(lab, cases, len({row.id for row in rows}), arguments)
+    about = about | {"cases": len({row.id for row in rows}), "workers": max(row.workers for row in rows)}
     write_json(
         about
         | {
@@ -64,44 +62,26 @@ def write(lab: Lab, cases: Cases, rows: Sequence[Row], out: Path, arguments: Seq
     except OSError as error:
         given = f"{out / TABLE} cannot be written ({error.strerror})"
         raise ConfigError(given, "a writable path", "Name another place") from error
-    title = f"{about['model']} on {cases.name}, {about['cases']:,} questions"
+    title = f"{about['model']} on {about['data']['dataset']}, {about['cases']:,} questions"
     save(draw(cells, max(row.full_tokens for row in rows), title), out / CURVE)
     return cells
 
 
-def provenance(lab: Lab, cases: Cases, count: int, arguments: Sequence[str]) -> dict[str, Any]:
+def provenance(lab: Lab, cases: Cases, arguments: Sequence[str]) -> dict[str, Any]:
     """Command, commit, versions, device and date of a run; of paths only the last part."""
-    packages = {name: version(name) for name in _PACKAGES}
     return {
         "command": " ".join(["arrcoc eval", *(_last_part(part) for part in arguments)]),
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "versions": {"arrcoc": arrcoc.__version__, "python": platform.python_version()} | packages,
+        "versions": versions(),
         "device": device_name(lab.qwen.device),
         "dtype": str(lab.qwen.dtype).removeprefix("torch."),
         "model": Path(lab.qwen.name).name,
         "parameters": lab.qwen.n_parameters,
         "data": cases.identity,
-        "cases": count,
         "seed": lab.seed,
         "max_new_tokens": lab.max_new_tokens,
     }
-
-
-def commit() -> str | None:
-    """Commit of the checkout that the package runs from, `+changes` where files differ.
-
-    Outside a checkout it is what ARRCOC_COMMIT says, or None.
-    """
-    folder = Path(arrcoc.__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            [*command, "--dirty=+changes"], capture_output=True, text=True, check=True, timeout=20
-        )
-    except (OSError, subprocess.SubprocessError):
-        return os.environ.get("ARRCOC_COMMIT")
-    return done.stdout.strip()
 
 
 def command_arguments() -> list[str]:
@@ -116,10 +96,13 @@ def _last_part(argument: str) -> str:
 
 def markdown(cells: Sequence[Cell], families: dict[str, list[Cell]], about: dict[str, Any]) -> str:
     """Method by budget: accuracy, tokens and time; then accuracy by family."""
-    lines = [f"# {about['model']} on {about['data']['dataset']}", "", _NOTES, ""]
+    shared = about["workers"] > 1
+    notes = _NOTES + _SHARED.format(about["workers"]) if shared else _NOTES
+    lines = [f"# {about['model']} on {about['data']['dataset']}", "", notes, ""]
     lines += _grid(cells, _accuracy)
     lines += ["Mean vision tokens:", "", *_grid(cells, _tokens)]
-    lines += ["Milliseconds per answer (median):", "", *_grid(cells, _time)]
+    median = "median, on a shared device: not comparable" if shared else "median"
+    lines += [f"Milliseconds per answer ({median}):", "", *_grid(cells, _time)]
     lines += ["ANLS:", "", *_grid(cells, _anls)]
     for family, part in families.items():
         lines += [f"## {family} ({part[0].cases:,} questions)", "", *_grid(part, _accuracy)]

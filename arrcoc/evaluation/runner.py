@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from arrcoc import image
-from arrcoc.errors import BudgetError, ConfigError
+from arrcoc.errors import BudgetError
 from arrcoc.evaluation.methods import METHODS, Lab
 from arrcoc.evaluation.metrics import anls, exact_match
-from arrcoc.evaluation.records import Case, Cases, Given, Picture, Row, budget_key, file_label
-from arrcoc.report import write_json
+from arrcoc.evaluation.records import Budgets, Case, Cases, Given, Picture, Row, budget_key
+from arrcoc.evaluation.store import ANSWERS, Append, appending, prepare, read_rows
 
-ANSWERS = "answers.jsonl"
-"""Every answer, one line each."""
-IDENTITY = "run.json"
-"""What the answers depend on; a run with another one is not resumed."""
-
-Budgets = Sequence[int | float]
-Append = Callable[[Row], None]
+__all__ = [
+    "ANSWERS",
+    "answer",
+    "appending",
+    "identity",
+    "pairs",
+    "prepare",
+    "read_rows",
+    "rows_of",
+    "run",
+    "tokens",
+]
 
 
 def run(
@@ -71,20 +72,23 @@ def run(
         for index in range(len(cases) if limit is None else min(limit, len(cases))):
             case = cases[index]
             progress(f"case {case.id}")
-            wanted = [(name, budget) for name in methods for budget in budgets]
-            for row in _rows(lab, case, wanted, known, append):
-                found.append(row)
+            found += rows_of(lab, case, pairs(methods, budgets), known, append)
     return found
 
 
-def _rows(
+def pairs(methods: Sequence[str], budgets: Budgets) -> list[tuple[str, int | float]]:
+    """Every method at every budget, in the order in which a case is asked."""
+    return [(name, budget) for name in methods for budget in budgets]
+
+
+def rows_of(
     lab: Lab,
     case: Case,
     wanted: Sequence[tuple[str, int | float]],
     known: Mapping[tuple[str, str, str], Row],
     append: Append,
 ) -> Iterator[Row]:
-    """The rows of one case; its image is decoded only if one of them is new."""
+    """The rows of one case; its image is decoded only if one of them is new, and new ones are appended."""
     picture: Picture | None = None
     for name, budget in wanted:
         row = known.get((case.id, name, budget_key(budget)))
@@ -167,80 +171,3 @@ def weights_digest(lab: Lab) -> str:
             f"{name}{tuple(tensor.shape)}{tensor.dtype}{int(words.sum(dtype=torch.int64))}".encode()
         )
     return digest.hexdigest()
-
-
-def prepare(out: Path, facts: Mapping[str, Any], resume: bool) -> Path:
-    """The answers file of a run, ready to be appended to: of the same run, and without a torn last line.
-
-    Raises:
-        ConfigError: the folder holds another run's answers, or cannot be written.
-    """
-    path, label = out / ANSWERS, out / IDENTITY
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            path.unlink(missing_ok=True)
-        if path.exists():
-            _check_same(json.loads(label.read_text("utf-8")) if label.exists() else {}, facts)
-            _drop_torn_line(path)
-        else:
-            write_json(facts, label)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{out.name}: {error}", "a writable folder", "Name another one") from None
-    return path
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    as_read = json.loads(json.dumps(now))
-    differing = [name for name in as_read if before.get(name) != as_read[name]]
-    if differing:
-        given = f"a folder with answers of a run that differs in {', '.join(differing)}"
-        raise ConfigError(given, "the same run, or a new folder", "Choose another --out, or --no-resume")
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off what stands after the last line break: the row that a kill interrupted."""
-    with path.open("r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of an answers file; none where there is no file.
-
-    Raises:
-        ConfigError: a line that is not a row, or a row for the second time.
-    """
-    rows: dict[tuple[str, str, str], Row] = {}
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            row = Row.model_validate_json(line)
-        except ValidationError:
-            raise _damaged(path, number, "is not a row") from None
-        if row.key in rows:
-            raise _damaged(path, number, "repeats a row")
-        rows[row.key] = row
-    return list(rows.values())
-
-
-def _damaged(path: Path, line: int, what: str) -> ConfigError:
-    return ConfigError(f"{file_label(path, line)} {what}", "lines written by arrcoc eval", "Use --no-resume")
-
-
-@contextmanager
-def appending(path: Path) -> Iterator[Append]:
-    """A function that appends a row in one write and waits until it is on the disk."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-
-    def append(row: Row) -> None:
-        line = (row.model_dump_json() + "\n").encode()
-        while line:
-            line = line[os.write(handle, line) :]
-        os.fsync(handle)
-
-    try:
-        yield append
-    finally:
-        os.close(handle)

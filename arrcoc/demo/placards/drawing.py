@@ -54,7 +54,9 @@ class Pose(NamedTuple):
         return points @ self.turn.T + self.origin
 
 
-def sign(rng: Rng, spec: Spec, font: Path, largest: float = SIZES[1]) -> Sprite:
+def sign(
+    rng: Rng, spec: Spec, font: Path, largest: float = SIZES[1], hand: fonts.Hand = fonts.PLAIN
+) -> Sprite:
     """Draw a placard with its code, cap height 12 to 22 px.
 
     Args:
@@ -62,12 +64,13 @@ def sign(rng: Rng, spec: Spec, font: Path, largest: float = SIZES[1]) -> Sprite:
         spec: colour, shape and code.
         font: font file of the code.
         largest: greatest size in px; exceeded only where the code would not fit at 12 px.
+        hand: shear and stroke of the lettering; the shear gives way where the code would not fit at 12 px.
     """
     stretch, gap = rng.uniform(0.9, 1.1), rng.uniform(0.16, 0.3)
     layout = fonts.lettering(font, spec.code, gap)
-    room = shapes.text_height(spec.shape, layout.width * stretch)
+    room = shapes.text_height(spec.shape, layout.width * stretch + abs(hand.shear))
     if CAP_HEIGHTS[0] > room * largest:
-        stretch, layout = _NARROW, fonts.lettering(font, spec.code, _CLOSE)
+        stretch, layout, hand = _NARROW, fonts.lettering(font, spec.code, _CLOSE), hand._replace(shear=0.0)
         room = shapes.text_height(spec.shape, layout.width * stretch)
     size = max(_size(rng, spec.shape, largest), CAP_HEIGHTS[0] / room + 0.5)
     cap = rng.uniform(CAP_HEIGHTS[0], min(CAP_HEIGHTS[1], size * room))
@@ -75,12 +78,12 @@ def sign(rng: Rng, spec: Spec, font: Path, largest: float = SIZES[1]) -> Sprite:
     offset = np.array([0.0, shapes.TEXT_CENTRE.get(spec.shape, 0.0) * size])
     width = layout.width * cap * stretch
     centres = np.array([((c - layout.width / 2) * cap * stretch, 0.0) for c in layout.centres])
-    half = np.array([width / 2, cap / 2])
+    half = np.array([(width + abs(hand.shear) * cap) / 2, cap / 2])
     corners = pose.place(offset + half * [(-1, -1), (1, -1), (1, 1), (-1, 1)])
     (x0, y0), (x1, y1) = np.floor(corners.min(0)).astype(int), np.ceil(corners.max(0)).astype(int)
     box = int(x0), int(y0), int(x1), int(y1)
     inked = _grown(box, pose.extent)
-    ink = _text(font, spec.code, cap, layout, stretch, pose, offset, inked)
+    ink = _text(font, spec.code, cap, layout, stretch, pose, offset, inked, hand)
     rgb, alpha = _paint(rng, spec.shape, spec.colour, pose, ink, inked)
     return Sprite(rgb, alpha, box, pose.place(centres + offset).astype(np.float32))
 
@@ -215,15 +218,18 @@ def _text(
     pose: Pose,
     offset: NDArray[np.float64],
     box: Box,
+    hand: fonts.Hand,
 ) -> NDArray[np.float32]:
-    """Coverage of the code in a box of the sprite: drawn upright, stretched, turned and moved at once."""
+    """Coverage of the code in a box of the sprite: drawn upright, then warped into place at once."""
     pad = 4
-    upright = fonts.draw(font, code, cap * _SCALE, layout, pad)
+    upright = fonts.inked(fonts.draw(font, code, cap * _SCALE, layout, pad), hand)
     middle = np.array([pad + layout.width * cap * _SCALE / 2, pad + cap * _SCALE / 2])
     # PIL asks for the map from output to input pixels.
-    back = np.diag([1 / stretch, 1.0]) @ pose.turn.T
+    straight = np.array([(1 / stretch, hand.shear / stretch), (0.0, 1.0)])
+    back = straight @ pose.turn.T
     corner = pose.origin - box[:2]
-    shift = middle - np.diag([1 / stretch, 1.0]) @ offset * _SCALE - back @ corner * _SCALE
+    # Sheared about `offset`, the middle of the capitals: the glyphs' centres stay where they are.
+    shift = middle - straight @ offset * _SCALE - back @ corner * _SCALE
     data = (back[0, 0], back[0, 1], shift[0], back[1, 0], back[1, 1], shift[1])
     affine, bilinear = PilImage.Transform.AFFINE, PilImage.Resampling.BILINEAR
     extent = box[2] - box[0], box[3] - box[1]

@@ -6,7 +6,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 _REFERENCE = 200
 """Font size at which metrics are taken, in px."""
@@ -60,3 +61,46 @@ def draw(path: Path, code: str, cap: float, layout: Lettering, pad: int) -> Imag
         start = pad + (centre - (left + right) / 2) * cap
         pen.text((start, pad + cap), glyph, fill=255, font=font, anchor="ls")
     return mask
+
+
+class Hand(NamedTuple):
+    """How a code is lettered beside its font.
+
+    Attributes:
+        shear: px to the right per px upwards, about the middle of the capitals.
+        stroke: "plain", "bold", "thin" or "soft".
+        amount: share in [0, 1] of the change from plain.
+    """
+
+    shear: float = 0.0
+    stroke: str = "plain"
+    amount: float = 0.0
+
+
+PLAIN = Hand()
+"""The font as it stands."""
+
+_CHANGES = {
+    "bold": ImageFilter.MaxFilter(3),
+    "thin": ImageFilter.MinFilter(3),
+    "soft": ImageFilter.GaussianBlur(1.5),
+}
+_LEAST_MOST = {"bold": (0.3, 1.0), "thin": (0.2, 0.6), "soft": (0.4, 1.0)}
+"""Bounds of `amount`: hairlines of a px must outlast the thinning."""
+_SHEAR, _CHANGED = 0.3, 1 / 3
+
+
+def random_hand(rng: np.random.Generator) -> Hand:
+    """A shear of up to 0.3 either way, and in a third of all hands another stroke."""
+    shear = float(rng.uniform(-_SHEAR, _SHEAR))
+    if rng.random() >= _CHANGED:
+        return Hand(shear)
+    stroke = list(_CHANGES)[rng.integers(len(_CHANGES))]
+    return Hand(shear, stroke, float(rng.uniform(*_LEAST_MOST[stroke])))
+
+
+def inked(mask: Image.Image, hand: Hand) -> Image.Image:
+    """The mask ("L" image) with the hand's stroke; its shear is left to the caller."""
+    if hand.stroke == "plain":
+        return mask
+    return Image.blend(mask, mask.filter(_CHANGES[hand.stroke]), hand.amount)

@@ -5,11 +5,31 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from arrcoc.demo.placards.records import Example
+from arrcoc.demo.placards.records import Box, Example
 from arrcoc.demo.placards.vocabulary import ALPHABET
 
 NO_GLYPH = len(ALPHABET)
 """Label of a patch without a glyph; others index `ALPHABET`."""
+
+
+MOST_EVIDENCE = 5
+"""Most boxes that `evidence` returns: no more signs are ever counted."""
+
+
+def evidence(example: Example) -> tuple[Box, ...]:
+    """Boxes that the answer is read off: fewer than `targets`, for a find only the sign that is found.
+
+    Empty where there is nothing to point at: a count of none, a sign that does not exist.
+    """
+    if example.family == "picture":
+        assert example.picture is not None
+        return (example.picture.box,)
+    ask = example.ask
+    if ask.family == "find":
+        return tuple(p.box for p in example.placards if p.code == ask.code)
+    return tuple(
+        p.box for p in example.placards if any(kind.matches(p.colour, p.shape) for kind in ask.kinds)
+    )
 
 
 def target_tiles(example: Example, tile: int) -> NDArray[np.bool_]:

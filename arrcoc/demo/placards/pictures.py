@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Collection
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,18 @@ def draw_question(rng: Rng, split: Split) -> PictureQuestion:
     """A row of the split: yes, no, a shape or a colour with equal chance."""
     group = _grouped(split)[rng.integers(len(_GROUPS) + 1)]
     return group[rng.integers(len(group))]
+
+
+@cache
+def pictured(split: Split) -> tuple[int, ...]:
+    """Ids of the pictures that the rows of a split ask about, in ascending order."""
+    return tuple(sorted({row.image_id for row in rows(split)}))
+
+
+def balanced(split: Split, shown: Collection[int]) -> tuple[tuple[PictureQuestion, ...], ...]:
+    """The rows about the pictures `shown`, in the groups of `draw_question` as far as they have any."""
+    kept = (tuple(row for row in group if row.image_id in shown) for group in _grouped(split))
+    return tuple(group for group in kept if group)
 
 
 def framed(rng: Rng, image_id: int, split: Split, largest: float = 2.0) -> Sprite:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from arrcoc.demo.placards import distractors, drawing, layout, pictures, shapes
 from arrcoc.demo.placards.backgrounds import background
 from arrcoc.demo.placards.drawing import Sprite
+from arrcoc.demo.placards.fonts import PLAIN, random_hand
 from arrcoc.demo.placards.layout import Footprint
 from arrcoc.demo.placards.questions import Draft
 from arrcoc.demo.placards.records import Box, Image, Picture, Placard, Rng, Spec, intersects, shifted
@@ -52,7 +53,13 @@ def render(
     frame = [] if picture_id is None else [pictures.framed(rng, picture_id, split, 1.2 if tight else 2.0)]
     files = [fonts(split)[rng.integers(len(fonts(split)))] for _ in draft.specs]
     signs = [
-        drawing.sign(rng, spec, file, 76.0 if tight else drawing.SIZES[1])
+        drawing.sign(
+            rng,
+            spec,
+            file,
+            76.0 if tight else drawing.SIZES[1],
+            random_hand(rng) if split == "train" else PLAIN,
+        )
         for spec, file in zip(draft.specs, files, strict=True)
     ]
     corners = [None] * len(frame) + [spec.corner for spec in draft.specs]

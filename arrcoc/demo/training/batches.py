@@ -6,21 +6,36 @@ stopped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from arrcoc.demo.placards import PICTURE, Example, families_for, glyph_labels, sample, target_tiles
+from arrcoc.demo.placards import (
+    MOST_EVIDENCE,
+    PICTURE,
+    Example,
+    evidence,
+    families_for,
+    glyph_labels,
+    sample,
+    target_tiles,
+)
+from arrcoc.demo.training.allocations import draw_allocation
 from arrcoc.demo.training.recipe import Recipe
 from arrcoc.errors import ConfigError
 from arrcoc.qwen import QwenVL
 
 _PROBE = "What is it?"
+
+_MOST_EXAMPLES = 4096  # of one process in one step: their numbers never meet those of another
+_BLIND = ("count", "exists", "where")  # families that a glimpse alone may answer
 
 IGNORE = -100
 """Label of tokens that are not part of the answer."""
@@ -36,13 +51,18 @@ class Batch:
         labels: int64 [B, M], the answer's tokens and its end of turn where they stand in `tails`, else
             IGNORE.
         glyphs: int64 [B, S/16, S/16], the glyph in each patch.
-        targets: bool [B, R, C], tiles that must be seen in detail.
+        targets: bool [B, R, C], tiles that must be seen in detail; stays on the CPU.
+        evidence: fp32 [B, 5, 4], boxes that the answer is read off, as centre and half size (x, y, w, h) in
+            px; half sizes are 0 where there are fewer.
+        lod: int64 [B, R*C], the drawn allocation; stays on the CPU.
         families: the question family of each example.
         questions: the question of each example.
         answers: the answer of each example.
         canvas: S.
         mode: which way of encoding this step takes (see `arrcoc.demo.training.modes`).
-        plan_seed: seeds the choice of allocations.
+        plan_seed: seeds the choice of allocations; 64 processes share a step's halo and stride.
+        answered: int64 [2, K], rows and columns of `tails` that predict a token of the answer.
+        last: int64 [B], column of `tails` that ends the prompt and predicts the answer's first token.
     """
 
     images: Tensor
@@ -50,6 +70,10 @@ class Batch:
     labels: Tensor
     glyphs: Tensor
     targets: Tensor
+    evidence: Tensor
+    lod: Tensor
+    answered: Tensor
+    last: Tensor
     families: tuple[str, ...]
     questions: tuple[str, ...]
     answers: tuple[str, ...]
@@ -58,16 +82,16 @@ class Batch:
     plan_seed: int
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("images", "tails", "labels", "glyphs", "targets")
-        }
-        plain = {
-            name: getattr(self, name)
-            for name in ("families", "questions", "answers", "canvas", "mode", "plan_seed")
-        }
-        return Batch(**moved, **plain)
+        """The same batch on a device; what the host decides by stays on the host."""
+        pinned = device.type == "cuda"
+
+        def moved(tensor: Tensor) -> Tensor:
+            # Only a copy from pinned memory does not wait for the device's queue.
+            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+
+        names = ("images", "tails", "labels", "glyphs", "evidence", "answered", "last")
+        sent: dict[str, Any] = {name: moved(getattr(self, name)) for name in names}
+        return replace(self, **sent)
 
 
 class Prompts:
@@ -141,26 +165,26 @@ class StepDraw(NamedTuple):
     indices: range
     pictures: float
     plan_seed: int
+    often: Callable[[Sequence[str]], list[str]] = list
 
 
 def draw_step(recipe: Recipe, step: int, rank: int) -> StepDraw:
     """Draw a step; canvas, mode and batch size are the same on every rank, so that all do equal work."""
     phase = recipe.phase(step)
     rng = np.random.default_rng([recipe.seed, step])
-    canvas, size = phase.draw_canvas(rng)
-    size = max(1, round(size * recipe.batch_scale))
-    mode = phase.draw_mode(rng)
-    first = (step * 4096 + rank * 512) * 2
+    canvas, mode = phase.draw_canvas(rng), phase.draw_mode(rng)
     plan_seed = int(rng.integers(1 << 31)) * 64 + rank
-    return StepDraw(canvas, mode, range(first, first + size), phase.pictures, plan_seed)
+    size = recipe.batch(phase, canvas, mode, recipe.margins(plan_seed // 64)[0])
+    first = (step * 64 + rank) * _MOST_EXAMPLES
+    return StepDraw(canvas, mode, range(first, first + size), phase.pictures, plan_seed, recipe.often)
 
 
 def step_families(drawn: StepDraw, index: int) -> list[str]:
-    """Families that an example of a step is drawn from: pictures alone for their share, or all others."""
+    """What an example's family is drawn from with equal chance: pictures alone for their share, or others."""
     possible = families_for(drawn.canvas)
     if PICTURE in possible and (index * 2654435761 % 1000) / 1000 < drawn.pictures:
         return [PICTURE]
-    return [family for family in possible if family != PICTURE]
+    return drawn.often([family for family in possible if family != PICTURE])
 
 
 def collate(
@@ -179,16 +203,23 @@ def collate(
     labels = torch.full((len(pairs), longest), IGNORE)
     for row, (ids, wanted) in enumerate(pairs):
         tails[row, : len(ids)] = torch.tensor(ids)
-        labels[row, : len(wanted)] = torch.tensor(wanted)
+        if mode != "glimpse" or examples[row].family in _BLIND:
+            labels[row, : len(wanted)] = torch.tensor(wanted)
     if pixels is None:
         stacked = np.stack([example.image for example in examples])
         pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+    targets = torch.from_numpy(np.stack([target_tiles(example, tile) for example in examples]))
+    rows, columns = (labels != IGNORE).nonzero(as_tuple=True)
     return Batch(
         images=pixels,
         tails=tails,
         labels=labels,
         glyphs=torch.from_numpy(np.stack([glyph_labels(example) for example in examples])),
-        targets=torch.from_numpy(np.stack([target_tiles(example, tile) for example in examples])),
+        targets=targets,
+        evidence=torch.from_numpy(np.stack([_evidence(example) for example in examples])),
+        lod=draw_allocation(targets, mode, torch.Generator().manual_seed(plan_seed)),
+        answered=torch.stack((rows, columns - 1)),
+        last=torch.tensor([next(i for i, w in enumerate(wanted) if w != IGNORE) - 1 for _, wanted in pairs]),
         families=tuple(example.family for example in examples),
         questions=tuple(example.question for example in examples),
         answers=tuple(example.answer for example in examples),
@@ -196,6 +227,13 @@ def collate(
         mode=mode,
         plan_seed=plan_seed,
     )
+
+
+def _evidence(example: Example) -> NDArray[np.float32]:
+    boxes = np.zeros((MOST_EVIDENCE, 4), np.float32)
+    for place, (x0, y0, x1, y1) in enumerate(evidence(example)):
+        boxes[place] = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2
+    return boxes
 
 
 def _user(question: str) -> dict[str, object]:

@@ -1,100 +1,120 @@
-"""The device's half of a composed batch: backgrounds, distractors, signs and shadows, as tensor operations.
+"""The device's half of a composed batch: backgrounds, sprites and shadows, as tensor operations.
 
-The same as `placards.drawing` does with one canvas at a time, for all canvases of a batch at once: what is
-drawn first on every canvas, then what is drawn second, and so on.
+The same as `placards.drawing` does with one canvas at a time, for all canvases of a batch at once. The pixels
+of all boxes stand in one long list, so that the number of operations depends on how many signs lie on top of
+one another, not on how many there are. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from arrcoc.demo.training.bank import Pixels
 from arrcoc.demo.training.batches import Batch
-from arrcoc.demo.training.sketch import Places, Sketch
+from arrcoc.demo.training.places import Span
+from arrcoc.demo.training.sketch import Sketch
 
-_SIGN_SHADOW, _STRAY_SHADOW = 0.35, 0.2
 _SHADE = 0.38
+_CANVAS_PIXELS = 1 << 24
+"""Of the backgrounds made at once: temporaries take about 60 bytes for each."""
 
 
 def compose(sketch: Sketch, pixels: Pixels) -> Batch:
     """Paint a sketch: a batch on the device of `pixels`, images uint8 [B, 3, S, S]."""
-    device = pixels.signs.device
-    batch = sketch.batch.to(device)
+    device = pixels.texels.device
+    batch, places = sketch.batch.to(device), sketch.places.to(device)
     side = batch.canvas
     images = torch.empty((len(batch.families), 3, side, side), dtype=torch.uint8, device=device)
-    if sketch.drawn:
-        images[list(sketch.drawn)] = batch.images
-    _backgrounds(images, sketch.places, pixels.backgrounds)
-    _paste(images, sketch.places.strays, pixels.strays, _STRAY_SHADOW)
-    _paste(images, sketch.places.signs, pixels.signs, _SIGN_SHADOW)
-    _shade(images, sketch.places.shadows)
-    kept = {field.name: getattr(batch, field.name) for field in fields(Batch)}
-    return Batch(**(kept | {"images": images}))
+    step = max(1, _CANVAS_PIXELS // side**2)
+    for start in range(0, len(images), step):
+        part = slice(start, start + step)
+        _background(images[part], places.crops[part], places.grades[part], places.reach, pixels.backgrounds)
+    for span in places.pasted:
+        _paste(images, places.parts, places.drops, span, pixels.texels)
+    for span in places.shaded:
+        _shade(images, places.shades, places.ellipses, span)
+    return replace(batch, images=images)
 
 
-def _backgrounds(images: Tensor, places: Places, sources: Tensor) -> None:
-    """Crop, flip, resize and grade, one canvas at a time: crops differ in size."""
-    grades = places.grades.to(images.device)
-    for (example, source, top, left, side, flip), grade in zip(places.crops.tolist(), grades, strict=True):
-        crop = sources[source, :, top : top + side, left : left + side].float()
-        crop = (crop * grade[:, :1, None] + grade[:, 1:, None]).clamp(0, 255)
-        crop = crop.flip(2) if flip else crop
-        resized = torch.nn.functional.interpolate(
-            crop[None], tuple(images.shape[2:]), mode="bilinear", antialias=side > images.shape[2]
-        )
-        images[example] = resized[0].round().to(torch.uint8)
+def _background(images: Tensor, crops: Tensor, grades: Tensor, reach: int, sources: Tensor) -> None:
+    """Crop, flip, resize (bilinear, not antialiased: crops are at most 1.43 canvases wide) and grade."""
+    side, device = images.shape[-1], images.device
+    source, top, left, size, flip = (column[:, None] for column in crops.long().T)
+    # Smaller crops go on as their last row and column, which is what the border of a picture repeats as.
+    along = torch.minimum(torch.arange(reach, device=device), size - 1)
+    texels = sources[source[:, None], (top + along)[:, :, None], (left + along)[:, None]]
+    planes = _channels(texels)[:, :3].float()
+    # Pixel j of the canvas has its centre at (j + 1/2) size / side px of the crop, and the crop's frame of
+    # `reach` px spans -1 .. 1.
+    place = (torch.arange(side, device=device) + 0.5) * (2 * size / (side * reach)) - 1
+    across = torch.where(flip > 0, place.flip(1), place)
+    grid = torch.stack((across[:, None].expand(-1, side, -1), place[:, :, None].expand(-1, -1, side)), -1)
+    made = torch.nn.functional.grid_sample(
+        planes, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    made *= grades[:, :, :1, None]
+    made += grades[:, :, 1:, None] + 0.5
+    images.copy_(made.clamp_(0, 255))
 
 
-def _paste(images: Tensor, places: Tensor, sprites: Tensor, shadow: float) -> None:
-    """Blend sprites in at places [k, 5], each over a drop shadow two px below; as `drawing.paste`."""
-    side, reach = images.shape[-1], torch.arange(sprites.shape[-1], device=images.device)
-    for rows in _in_turn(places):
-        example, _, sprite, x, y = (column[:, None, None] for column in rows.to(images.device).T)
-        # Places beyond the canvas are those on its edge again: the same pixel is written twice alike.
-        down, right = (
-            torch.minimum(y + reach[:, None], torch.tensor(side - 1, device=images.device)),
-            torch.minimum(x + reach, torch.tensor(side - 1, device=images.device)),
-        )
-        rgb, alpha = _looked_up(sprites, sprite, down - y, right - x)
-        under = images[example, :, down, right].float()
-        drop = _looked_up(sprites, sprite, (down - y - 2).clamp(min=0), (right - x - 2).clamp(min=0))[1]
-        inside = ((down - y >= 2) & (right - x >= 2))[..., None]
-        shaded = torch.floor(under * (1 - drop * inside * shadow))
-        blended = shaded + (rgb - shaded) * alpha + 0.5
-        images[example, :, down, right] = blended.floor().clamp(0, 255).to(torch.uint8)
+def _paste(images: Tensor, parts: Tensor, drops: Tensor, span: Span, texels: Tensor) -> None:
+    """Blend sprites that do not overlap, each over a drop shadow two px below; as `drawing.paste`."""
+    start, stop, _ = span
+    rows, columns = parts[start:stop].long(), images.shape[-1]
+    owner, down, right, target = _spread(rows, span, columns)
+    first, stride = rows[owner, 6], rows[owner, 7]
+    source = first + down * stride + right
+    sprite = texels[source]
+    # The drop shadow is the sprite itself, two px further; what would lie before its first row has none.
+    inside = (down >= 2) & (right >= 2)
+    drop = _coverage(texels[source - 2 * (stride + 1) * inside]) * inside * drops[start:stop][owner]
+    canvas = images.view(-1)
+    under = canvas[target].float()
+    shaded = torch.floor(under * (1 - drop))
+    rgb = _channels(sprite)[:3].float()
+    blended = shaded + (rgb - shaded) * _coverage(sprite) + 0.5
+    canvas[target] = blended.clamp_(0, 255).to(torch.uint8)
 
 
-def _looked_up(sprites: Tensor, sprite: Tensor, down: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Colour [k, h, w, 3] and coverage [k, h, w, 1] in [0, 1], fp32."""
-    values = sprites[sprite, :, down, right].float()
-    return values[..., :3], values[..., 3:] / 255
+def _shade(images: Tensor, shades: Tensor, ellipses: Tensor, span: Span) -> None:
+    """Darken soft ellipses that do not overlap; as `drawing.shade`."""
+    start, stop, _ = span
+    rows = shades[start:stop].long()
+    owner, down, right, target = _spread(rows, span, images.shape[-1])
+    middle_x, middle_y, *axes = ellipses[start:stop][owner].T
+    dx, dy = rows[owner, 1] + right - middle_x, rows[owner, 2] + down - middle_y
+    fall = (2.5 - 2.5 * torch.hypot(axes[0] * dx + axes[1] * dy, axes[2] * dx + axes[3] * dy)).clamp_(0, 1)
+    factor = 1 - _SHADE * fall * fall * (3 - 2 * fall)
+    canvas = images.view(-1)
+    canvas[target] = (canvas[target].float() * factor).to(torch.uint8)
 
 
-def _shade(images: Tensor, shadows: Tensor) -> None:
-    """Darken soft ellipses; as `drawing.shade`."""
-    side = images.shape[-1]
-    for rows in _in_turn(shadows):
-        example = rows[:, 0].long().to(images.device)[:, None, None]
-        # Half-widths of an ellipse: the root of the diagonal of (axes^T axes)^-1.
-        axes = rows[:, 4:].reshape(-1, 2, 2)
-        half = torch.linalg.inv(axes.transpose(1, 2) @ axes).diagonal(dim1=1, dim2=2).sqrt().max()
-        span = min(side, 2 * int(half) + 4)
-        start = (rows[:, 2:4] - span / 2).round().long().clamp(0, side - span).to(images.device)
-        window = torch.arange(span, device=images.device)
-        right, down = start[:, :1, None] + window, start[:, 1:, None] + window[:, None]
-        centre, turn = rows[:, 2:4].float().to(images.device), axes.float().to(images.device)
-        dx, dy = right - centre[:, :1, None], down - centre[:, 1:, None]
-        u, v = (turn[:, k, 0, None, None] * dx + turn[:, k, 1, None, None] * dy for k in (0, 1))
-        fall = (2.5 - 2.5 * torch.hypot(u, v)).clamp(0, 1)
-        factor = 1 - _SHADE * fall * fall * (3 - 2 * fall)
-        part = images[example, :, down, right].float()
-        images[example, :, down, right] = (part * factor[..., None]).floor().to(torch.uint8)
+def _spread(rows: Tensor, span: Span, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All pixels [n] of some boxes in one list: row of the box, place in it, and index [3, n] in the images.
+
+    Args:
+        rows: int64 [k, 6 or more]: example, x, y, width, height, pixels before.
+        span: of these rows; its number of pixels is known, or the device would be asked for it.
+        side: of a canvas, in px.
+    """
+    example, x, y, width, height, before = rows.T[:6]
+    owner = torch.repeat_interleave(width * height, output_size=span[2])
+    local = torch.arange(span[2], device=rows.device) - before[owner]
+    down = torch.div(local, width[owner], rounding_mode="floor")
+    right = local - down * width[owner]
+    corner = example * (3 * side * side) + y * side + x
+    planes = torch.arange(3, device=rows.device)[:, None] * (side * side)
+    return owner, down, right, corner[owner] + down * side + right + planes
 
 
-def _in_turn(places: Tensor) -> list[Tensor]:
-    """Rows by their order within a canvas (column 1): no two of a group lie on one canvas."""
-    last = int(places[:, 1].max()) if len(places) else -1
-    return [places[places[:, 1] == order] for order in range(last + 1)]
+def _channels(texels: Tensor) -> Tensor:
+    """Texels int32 [n] as bytes uint8 [4, n], or [B, h, w] as [B, 4, h, w]."""
+    return texels[..., None].view(torch.uint8).movedim(-1, 0 if texels.dim() == 1 else 1)
+
+
+def _coverage(texels: Tensor) -> Tensor:
+    """Coverage in [0, 1], fp32."""
+    return (texels >> 24 & 255).float() / 255

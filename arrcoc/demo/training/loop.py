@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +29,7 @@ from arrcoc.demo.placards import ALPHABET
 from arrcoc.demo.training.batches import Batch, Prompts
 from arrcoc.demo.training.export import load_weights
 from arrcoc.demo.training.feed import Feed
+from arrcoc.demo.training.flat import FlatAdam
 from arrcoc.demo.training.forward import AnswerLoss, Losses
 from arrcoc.demo.training.modes import BatchEncoder
 from arrcoc.demo.training.recipe import Recipe
@@ -77,15 +79,14 @@ class Trainer:
         self.model = stock._from_config(config, attn_implementation="sdpa").float()
         if run.initial is not None:
             load_weights(self.model, run.initial)
-        self.model.to(self.device).train()
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        _move(self.model, self.device, dtype)
         self.qwen = QwenVL(self.model, AutoTokenizer.from_pretrained(run.skeleton), ([0.5] * 3, [0.5] * 3))
         self.prompts = Prompts(self.qwen)
-        glyph_head = nn.Linear(config.vision_config.hidden_size, len(ALPHABET) + 1).to(self.device)
+        glyph_head = nn.Linear(config.vision_config.hidden_size, len(ALPHABET) + 1).to(self.device, dtype)
         self.loss = AnswerLoss(self.model, self.qwen, self.prompts, glyph_head)
         self.encoder = BatchEncoder(self.model, recipe)
-        self.parameters = [*self.model.parameters(), *glyph_head.parameters()]
-        self.optimizer = self._optimizer()
-        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.adam = FlatAdam([*self.model.parameters(), *glyph_head.parameters()], recipe, self.world)
         self.step, self.spent = 0, 0.0
 
     def fit(self) -> bool:
@@ -114,60 +115,23 @@ class Trainer:
 
     def averaged_state(self) -> dict[str, Tensor]:
         """The model's state dict with the moving average of the weights."""
-        named = dict(self.model.named_parameters())
-        means = dict(zip(named, self.average, strict=False))
-        return {name: means.get(name, tensor).detach() for name, tensor in self.model.state_dict().items()}
+        # A tied parameter has two names in the state dict and one place in the buffer.
+        means = dict(zip(map(id, self.adam.parameters), self.adam.unflatten(self.adam.average), strict=True))
+        named = self.model.state_dict(keep_vars=True)
+        return {name: means.get(id(tensor), tensor).detach() for name, tensor in named.items()}
 
     def _step(self, batch: Batch) -> Losses:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            losses: Losses = self.loss(batch, self.encoder.encode(batch))
-        (losses.answer + self.recipe.glyph_weight * losses.glyph).backward()  # type: ignore[no-untyped-call]
-        self._share_gradients()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
-        # A step whose gradient is not finite is skipped without asking the device: its update is scaled to 0.
-        finite = torch.isfinite(norm)
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad = torch.where(finite, parameter.grad, 0.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        decay = min(self.recipe.average, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        losses: Losses = self.loss(batch, self.encoder.encode(batch))
+        recipe = self.recipe
+        total = losses.answer + recipe.glyph_weight * losses.glyph + recipe.evidence_weight * losses.evidence
+        total.backward()  # type: ignore[no-untyped-call]
+        self.adam.step(self.step)
         self.step += 1
         return losses
-
-    def _share_gradients(self) -> None:
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.world == 1:
-            return
-        flat = torch.cat(
-            [parameter.grad.flatten() for parameter in self.parameters if parameter.grad is not None]
-        )
-        dist.all_reduce(flat, op=dist.ReduceOp.AVG)
-        start = 0
-        for parameter in self.parameters:
-            assert parameter.grad is not None
-            parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
 
     def _batches(self, steps: range) -> Iterator[Batch]:
         feed = Feed(self.recipe, self.prompts, self.rank, self.device, self.run.photographs, self.run.workers)
         return feed.batches(steps)
-
-    def _optimizer(self) -> torch.optim.AdamW:
-        matrices = [p for p in self.parameters if p.dim() > 1]
-        vectors = [p for p in self.parameters if p.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.recipe.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            groups, lr=self.recipe.learning_rate, betas=(0.9, 0.95), fused=self.device.type == "cuda"
-        )
 
     def _log(self, losses: Losses, batch: Batch, begun: float) -> dict[str, Any]:
         record = {
@@ -177,6 +141,7 @@ class Trainer:
             "mode": batch.mode,
             "answer": float(losses.answer.detach()),
             "glyph": float(losses.glyph.detach()),
+            "evidence": float(losses.evidence.detach()),
             "right": float(losses.right.float().mean()),
             "rate": self.recipe.rate(self.step),
         }
@@ -184,7 +149,8 @@ class Trainer:
             with (self.run.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             logger.info(
-                "step %(step)d canvas %(canvas)d %(mode)s loss %(answer).3f right %(right).2f",
+                "step %(step)d canvas %(canvas)d %(mode)s "
+                "loss %(answer).3f glyph %(glyph).3f evidence %(evidence).2f right %(right).2f",
                 record,
             )
         return record
@@ -198,7 +164,7 @@ class Trainer:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        return Progress(*columns, disable=self.rank != 0)
+        return Progress(*columns, console=Console(stderr=True), disable=self.rank != 0)
 
     def _agree(self, wish: bool) -> bool:
         """Whether any process wishes to stop; asked every few steps, for it waits for the device."""
@@ -215,9 +181,7 @@ class Trainer:
             "recipe": repr(self.recipe),
             "step": self.step,
             "seconds": self.spent + elapsed,
-            "parameters": [p.detach() for p in self.parameters],
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "adam": self.adam.state(),
         }
         self.run.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.run.folder / f".{STATE}.partial"
@@ -234,23 +198,32 @@ class Trainer:
             logger.warning(
                 "The run in %s was begun with another recipe; going on with this one", self.run.folder
             )
-        with torch.no_grad():
-            for mine, saved in zip(self.parameters, state["parameters"], strict=True):
-                mine.copy_(saved)
-        for mean, saved in zip(self.average, state["average"], strict=True):
-            mean.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.adam.load(state["adam"])
         self.step, self.spent = state["step"], state["seconds"]
         logger.info("Resumed at step %d", self.step)
+
+
+def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a model, its rotary frequencies in FP32: in bfloat16 they would turn distant tokens wrongly."""
+    frequencies = {
+        module: buffer.clone()
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name == "inv_freq"
+    }
+    model.to(device, dtype).train()
+    for module, values in frequencies.items():
+        module.register_buffer("inv_freq", values.to(device), persistent=False)
 
 
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
+    # cuDNN's attention builds a plan of some 50 ms for every new shape, and here shapes never repeat.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl")
-    torch.backends.cuda.matmul.allow_tf32 = True
     return torch.device("cuda", local_rank)
 
 

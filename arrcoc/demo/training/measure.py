@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,8 +16,12 @@ from arrcoc.demo.training.batches import Batch, Prompts, collate
 from arrcoc.demo.training.forward import AnswerLoss
 from arrcoc.demo.training.modes import BatchEncoder
 from arrcoc.demo.training.recipe import Recipe
+from arrcoc.records import Lod
 
 MODES = ("whole", "high", "refine", "replace", "crops")
+
+Accuracy = dict[str, dict[str, float]]
+"""Mode -> family, or "all" -> share of right answers."""
 
 
 class _Held(Dataset[Batch]):
@@ -52,22 +57,22 @@ def accuracy(
     size: int,
     workers: int,
     photographs: Path | None = None,
-) -> dict[str, dict[str, float]]:
-    """Share of right answers per mode and family.
+    halo: int | None = None,
+) -> Accuracy:
+    """Share of right answers per mode and family, over `size` examples in each of `batches`.
 
-    Refined modes see the target tiles and two more at full resolution and nothing else beyond the glimpse:
-    an allocation by an ideal scorer.
+    Refined modes see the target tiles and two more at full resolution and nothing else beyond the glimpse,
+    whose every token is kept: an allocation by an ideal scorer. Tiles have the margin `halo`, in tokens; by
+    default the one that most training batches have.
     """
+    margin = round(recipe.halo) if halo is None else halo
     held = _Held(recipe, prompts, canvas, size, max(batches) + 1, photographs)
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     loader = DataLoader(torch.utils.data.Subset(held, list(batches)), batch_size=None, num_workers=workers)
     for batch in loader:
         for mode in MODES:
-            shown = _in_mode(batch, mode).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                found = loss(
-                    shown, encoder.encode(shown, _ideal(shown) if mode not in {"whole", "high"} else None)
-                )
+            shown = replace(batch, mode=mode).to(device)
+            found = loss(shown, encoder.encode(shown, _allocation(shown), margin, 1))
             for family, hit in zip(batch.families, found.right.tolist(), strict=True):
                 right[mode][family].append(hit)
                 right[mode]["all"].append(hit)
@@ -76,22 +81,21 @@ def accuracy(
     }
 
 
-def _in_mode(batch: Batch, mode: str) -> Batch:
-    fields = {name: getattr(batch, name) for name in Batch.__slots__}
-    return Batch(**(fields | {"mode": mode}))
+def _allocation(batch: Batch) -> Tensor:
+    """LODs int64 [B, R*C]: high everywhere in mode "high", else where an ideal scorer would have it.
 
-
-def _ideal(batch: Batch) -> Tensor:
-    """The most target tiles of any example plus two, at LOD high, for every example."""
+    The latter gives LOD high to as many tiles of every example as any of them has targets, and to two more.
+    """
+    if batch.mode == "high":
+        return torch.full_like(batch.targets.flatten(1), int(Lod.HIGH), dtype=torch.long)
     wanted = batch.targets.flatten(1).float()
     count = min(int(wanted.sum(1).max()) + 2, wanted.shape[1])
-    best = (wanted + torch.rand(wanted.shape, device=wanted.device) * 0.5).argsort(1, descending=True)[
-        :, :count
-    ]
-    return torch.zeros_like(wanted, dtype=torch.long).scatter(1, best, 3)
+    noise = torch.rand(wanted.shape, generator=torch.Generator().manual_seed(batch.plan_seed))
+    best = (wanted + noise * 0.5).argsort(1, descending=True)[:, :count]
+    return torch.zeros_like(wanted, dtype=torch.long).scatter(1, best, int(Lod.HIGH))
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
+def table(found: Accuracy) -> str:
     """The shares as lines of text."""
     columns = ["all", *FAMILIES]
     lines = ["mode".ljust(10) + "".join(name.rjust(10) for name in columns)]

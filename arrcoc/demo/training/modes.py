@@ -1,24 +1,50 @@
-"""Ways to encode a training batch: the whole image as the stock model sees it, or tiles at mixed LODs."""
+"""Ways to encode a training batch: the whole image as the stock model sees it, or tiles at mixed LODs.
+
+whole, smaller: one image, at full resolution or scaled down. glimpse: the frame at LOD background alone.
+refine, crops: an overview, then the refined tiles in the frame's positions or as images of their own.
+replace: every tile once. high, uniform: every tile at one LOD.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from arrcoc.demo.training import levels
 from arrcoc.demo.training.batches import Batch
 from arrcoc.demo.training.recipe import Recipe
-from arrcoc.image import area_resample
-from arrcoc.lod.tower import StaticTower, geometry, merge_order
+from arrcoc.lod.tower import StaticTower, merge_order
 from arrcoc.qwen import vision_weights
 from arrcoc.records import Grid, Lod
-from arrcoc.sequence import glimpse_positions, tile_positions
-from arrcoc.vision import VisionWeights, patchify
+from arrcoc.sequence import tile_positions
+from arrcoc.vision import VisionWeights, axial_rotary, interpolated_positions
 
 _STATS = ([0.5] * 3, [0.5] * 3)
+
+
+class Part(NamedTuple):
+    """Tokens of one LOD, or of one whole image.
+
+    Attributes:
+        tokens: [B, n, D].
+        planes: [L, B, n, D].
+        where: fp32 [B, 2, n], positions (h, w) in units of full-resolution tokens.
+        spot: fp32 [B, 2, n], the centre (y, x) in px of what a token shows.
+        reach: fp32 [B, n], half of the side in px of what a token shows.
+    """
+
+    tokens: Tensor
+    planes: Tensor
+    where: Tensor
+    spot: Tensor
+    reach: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +52,17 @@ class Encoded:
     """Vision tokens of a batch, equally many for every example.
 
     Attributes:
-        tokens: [B, n, D].
-        deepstack: [L, B, n, D].
-        where: fp32 [B, 2, n] positions (h, w).
-        extent: what the image adds to the text position after it.
-        cuts: runs of tokens that are images of their own, as (start, stop, extent, corners [B, 4]); the
-            first run is the image itself and has no corners.
-        glyph_states: [P, hidden] last hidden states of patches at full resolution.
+        part: all tokens.
+        extent: what the frame adds to the text position after it.
+        crops: for layout crops, in each example the tiles after the overview in raster order, as (raster
+            index, first token, side).
+        glyph_states: [P, hidden], last hidden states of patches at full resolution.
         glyph_labels: int64 [P], the glyph in each of them.
     """
 
-    tokens: Tensor
-    deepstack: Tensor
-    where: Tensor
+    part: Part
     extent: float
-    cuts: tuple[tuple[int, int, float, Tensor | None], ...]
+    crops: tuple[tuple[tuple[int, int, int], ...], ...]
     glyph_states: Tensor
     glyph_labels: Tensor
 
@@ -51,154 +73,200 @@ class BatchEncoder:
     def __init__(self, model: Any, recipe: Recipe) -> None:
         """Args: the stock model in training; the recipe."""
         self._model, self._recipe = model, recipe
+        self._table = lru_cache(maxsize=64)(_position_table)
 
-    def encode(self, batch: Batch, lod: Tensor | None = None) -> Encoded:
-        """Encode in the batch's mode; `lod` int64 [B, R*C] overrides the drawn allocation."""
+    def encode(
+        self, batch: Batch, lod: Tensor | None = None, halo: int | None = None, stride: int | None = None
+    ) -> Encoded:
+        """Encode in the batch's mode.
+
+        Args:
+            batch: on the model's device.
+            lod: int64 [B, R*C] instead of the batch's own allocation.
+            halo: margin around tiles in tokens, instead of the step's.
+            stride: of the overview, instead of the step's.
+        """
         weights = vision_weights(self._model, _STATS)
         if batch.mode in {"whole", "smaller"}:
             return self._whole(weights, batch)
-        if lod is None:
-            lod = draw_allocation(batch, torch.Generator().manual_seed(batch.plan_seed))
-        return self._tiles(weights, batch, lod.to(batch.images.device))
+        drawn = self._recipe.margins(batch.plan_seed // 64)
+        chosen = batch.lod if lod is None else lod.cpu()
+        run = _TileRun(self._recipe, weights, batch, chosen, self._table)
+        return run.encode(drawn[0] if halo is None else halo, drawn[1] if stride is None else stride)
 
     def _whole(self, weights: VisionWeights, batch: Batch) -> Encoded:
-        """The image as one, at full resolution or scaled down, positions counted as the stock model does."""
+        """The image as one, positions counted as the stock model does."""
         side, images = batch.canvas // weights.token_px, batch.images
         if batch.mode == "smaller":
-            generator = torch.Generator().manual_seed(batch.plan_seed)
+            generator = torch.Generator().manual_seed(batch.plan_seed // 64)
             least = max(1, side // 4)
             side = int(torch.randint(least, side, (1,), generator=generator)) if side > least else side
             images = _scaled(images, side * weights.token_px)
-        hidden, features = _run(weights, images, side)
+        hidden, (tokens, planes) = _run(weights, images, side)
         rows = torch.arange(side, dtype=torch.float32, device=images.device)
         where = torch.stack(torch.meshgrid(rows, rows, indexing="ij")).flatten(1).expand(len(images), -1, -1)
-        labels = batch.glyphs if batch.mode == "whole" else batch.glyphs[:0]
-        states = hidden if batch.mode == "whole" else hidden[:0]
-        ordered = torch.stack([merge_order(row, weights.merge) for row in labels]) if len(labels) else labels
-        cuts = ((0, side * side, float(side), None),)
-        return Encoded(*features, where, float(side), cuts, states.flatten(0, 1), ordered.flatten())
+        size = batch.canvas / side
+        reach = torch.full((len(images), side * side), size / 2, device=images.device)
+        part = Part(tokens, planes, where, (where + 0.5) * size, reach)
+        if batch.mode == "smaller":
+            return Encoded(part, float(side), (), hidden[:0].flatten(0, 1), batch.glyphs[:0].flatten())
+        labels = rearrange(batch.glyphs, "b (h i) (w j) -> (b h w i j)", i=weights.merge, j=weights.merge)
+        return Encoded(part, float(side), (), hidden.flatten(0, 1), labels)
 
-    def _tiles(self, weights: VisionWeights, batch: Batch, lod: Tensor) -> Encoded:
-        recipe = self._recipe
+
+class _TileRun:
+    """One batch, tile by tile."""
+
+    def __init__(self, recipe: Recipe, weights: VisionWeights, batch: Batch, lod: Tensor, table: Any) -> None:
         count = batch.canvas // recipe.tile
-        grid = Grid(count, count, recipe.tile)
-        glimpse = self._glimpse(weights, batch, grid)
-        parts, states, labels = [], hidden_none(weights, batch), batch.glyphs.new_zeros(0)
+        self.recipe, self.weights, self.batch, self.lod, self._table = recipe, weights, batch, lod, table
+        self.grid = Grid(count, count, recipe.tile)
+        self.high = recipe.sides[Lod.HIGH]
+        self.device = batch.images.device
+
+    def encode(self, halo: int, stride: int) -> Encoded:
+        mode = self.batch.mode
+        keeps = mode in {"refine", "crops", "glimpse"}
+        first = [self._overview(stride if mode != "glimpse" else 1)] if keeps else []
+        tiles: dict[Lod, tuple[Tensor, Part]] = {}
+        states, labels = torch.zeros(0, self.weights.hidden, device=self.device), self._no_labels()
         for level in Lod:
-            index = _rows_at(lod, level)
-            if index is None or (level is Lod.BACKGROUND and batch.mode != "replace"):
+            index = _rows_at(self.lod, level)
+            if index is None or (level is Lod.BACKGROUND and keeps):
                 continue
-            side = recipe.sides[level]
-            hidden, features = _run(weights, _cut(batch.images, grid, side, recipe.sides[3], index), side)
-            where = tile_positions(index.flatten().cpu(), grid.cols, side, recipe.sides[3])
-            parts.append(_by_example(*features, where.to(hidden.device), index.shape))
+            if level is Lod.BACKGROUND:
+                tiles[level] = index, self._background(index)
+                continue
+            hidden, part = self._tiles(level, index, halo)
+            tiles[level] = index, part
             if level is Lod.HIGH:
-                states, labels = hidden.flatten(0, 1), _tile_labels(batch.glyphs, grid, index, weights)
-        return self._lay_out(batch, grid, glimpse, parts, lod, states, labels)
+                states, labels = hidden, _tile_labels(self.batch.glyphs, self.grid, self._sent(index))
+        extent = float(self.grid.rows * self.high)
+        parts = [part for _, part in tiles.values()]
+        if mode == "crops":
+            joined, crops = _joined([*first, *parts]), self._crop_order(first[0], tiles)
+            return Encoded(joined, extent, crops, states, labels)
+        refined = [_sorted(_joined(parts))] if parts else []
+        return Encoded(_joined([*first, *refined]), extent, (), states, labels)
 
-    def _glimpse(self, weights: VisionWeights, batch: Batch, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        side = self._recipe.sides[0]
-        small = area_resample(batch.images, self._recipe.sides[3], side)
-        _, (tokens, planes) = _run(weights, small, grid.rows * side)
-        where = glimpse_positions(grid, side, self._recipe.sides[3]).to(tokens.device)
-        return tokens, planes, where.expand(len(tokens), -1, -1)
+    def _overview(self, stride: int) -> Part:
+        """The frame at LOD background, or coarser, as one image."""
+        token = self.weights.token_px
+        background = levels.level(self.batch.images, self.high, self.recipe.sides[0])
+        images = levels.overview(background, stride, token)
+        side = images.shape[-1] // token
+        _, (tokens, planes) = _run(self.weights, images, side)
+        scale = self.grid.rows * self.high / side
+        rows = (torch.arange(side, dtype=torch.float32, device=self.device) + 0.5) * scale - 0.5
+        where = torch.stack(torch.meshgrid(rows, rows, indexing="ij")).flatten(1)
+        where = where.expand(len(tokens), -1, -1)
+        reach = torch.full(where.shape[::2], scale * token / 2, device=self.device)
+        return Part(tokens, planes, where, (where + 0.5) * token, reach)
 
-    def _lay_out(
-        self,
-        batch: Batch,
-        grid: Grid,
-        glimpse: tuple[Tensor, Tensor, Tensor],
-        parts: list[tuple[Tensor, Tensor, Tensor]],
-        lod: Tensor,
-        states: Tensor,
-        labels: Tensor,
-    ) -> Encoded:
-        extent = float(grid.rows * self._recipe.sides[3])
-        if batch.mode == "crops":
-            return self._crops(grid, glimpse, parts, lod, extent, states, labels)
-        refined = _sorted(_joined(parts)) if parts else None
-        keeps_glimpse = batch.mode == "refine"
-        chosen = [glimpse] * keeps_glimpse + ([refined] if refined else [])
-        tokens, planes, where = _joined(chosen)
-        cuts = ((0, tokens.shape[1], extent, None),)
-        return Encoded(tokens, planes, where, extent, cuts, states, labels)
+    def _background(self, index: Tensor) -> Part:
+        """Tiles that stay at LOD background, cut out of the joint glimpse."""
+        glimpse, side = self._overview(1), self.recipe.sides[0]
+        order = "(r i c j) -> (r c) (i j)"
+        raster = torch.arange(glimpse.tokens.shape[1]).reshape(-1)
+        chosen = rearrange(raster, order, r=self.grid.rows, i=side, c=self.grid.cols, j=side)[index]
+        flat = self._sent(chosen.flatten(1))
+        rows = torch.arange(len(flat), device=self.device)[:, None]
+        return Part(
+            glimpse.tokens[rows, flat],
+            glimpse.planes[:, rows, flat],
+            glimpse.where.transpose(1, 2)[rows, flat].transpose(1, 2),
+            glimpse.spot.transpose(1, 2)[rows, flat].transpose(1, 2),
+            glimpse.reach[:, : flat.shape[1]],
+        )
 
-    def _crops(
-        self,
-        grid: Grid,
-        glimpse: tuple[Tensor, Tensor, Tensor],
-        parts: list[tuple[Tensor, Tensor, Tensor]],
-        lod: Tensor,
-        extent: float,
-        states: Tensor,
-        labels: Tensor,
-    ) -> Encoded:
-        """The glimpse, then every refined tile as an image of its own, the most detailed LOD last."""
-        cuts: list[tuple[int, int, float, Tensor | None]] = [(0, glimpse[0].shape[1], extent, None)]
-        chosen, start = [glimpse], glimpse[0].shape[1]
-        levels = [level for level in Lod if level is not Lod.BACKGROUND and _rows_at(lod, level) is not None]
-        for level, (tokens, planes, _) in zip(levels, parts, strict=True):
-            index, side = _rows_at(lod, level), self._recipe.sides[level]
-            assert index is not None
-            own = tile_positions(torch.zeros(1, dtype=torch.long), 1, side, side)[:, 0].to(tokens.device)
-            chosen.append((tokens, planes, own.repeat(1, index.shape[1]).expand(len(tokens), -1, -1)))
-            for place in range(index.shape[1]):
-                stop = start + side * side
-                cuts.append((start, stop, float(side), index[:, place]))
-                start = stop
-        tokens, planes, where = _joined(chosen)
-        return Encoded(tokens, planes, where, extent, tuple(cuts), states, labels)
+    def _tiles(self, level: Lod, index: Tensor, halo: int) -> tuple[Tensor, Part]:
+        """Last hidden states [P, hidden] and tokens of the tiles at a LOD."""
+        side, token, merge = self.recipe.sides[level], self.weights.token_px, self.weights.merge
+        sent = self._sent(index)
+        pixels = levels.level(self.batch.images, self.high, side)
+        cut = levels.cut(pixels, side * token, halo * token, sent, self.grid.cols)
+        hidden, (tokens, planes) = _run(self.weights, cut, side + 2 * halo)
+        tokens, planes = (_inner(t, side, halo) for t in (tokens, planes))
+        patches = rearrange(hidden, "k (m p) d -> k m p d", p=merge * merge)
+        patches = _inner(patches.transpose(1, 2), side, halo).transpose(1, 2)
+        where = self._table(self.grid.count, self.grid.cols, side, self.high, self.device)
+        placed = where[:, sent].flatten(2).transpose(0, 1)
+        reach = torch.full(placed.shape[::2], self.high / side * token / 2, device=self.device)
+        batch = len(index)
+        part = Part(
+            tokens.reshape(batch, -1, tokens.shape[-1]),
+            planes.reshape(planes.shape[0], batch, -1, planes.shape[-1]),
+            placed,
+            (placed + 0.5) * token,
+            reach,
+        )
+        return patches.reshape(-1, patches.shape[-1]), part
 
+    def _crop_order(
+        self, first: Part, tiles: dict[Lod, tuple[Tensor, Part]]
+    ) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+        """For every example its tiles in raster order: raster index, first token, side."""
+        start = first.tokens.shape[1]
+        found: list[list[tuple[int, int, int]]] = [[] for _ in self.batch.families]
+        for level, (index, part) in tiles.items():
+            side = self.recipe.sides[level]
+            for row, places in zip(found, index.tolist(), strict=True):
+                row += [(tile, start + i * side * side, side) for i, tile in enumerate(places)]
+            start += part.tokens.shape[1]
+        return tuple(tuple(sorted(row)) for row in found)
 
-def draw_allocation(batch: Batch, generator: torch.Generator) -> Tensor:
-    """LODs int64 [B, R*C], equal counts in every row: query-aware, random or uniform, as the mode says."""
-    count = batch.targets[0].numel()
-    if batch.mode == "high":
-        return torch.full((len(batch.images), count), int(Lod.HIGH))
-    if batch.mode == "uniform":
-        level = int(torch.randint(1, 4, (1,), generator=generator))
-        return torch.full((len(batch.images), count), level)
-    return _ranked(batch, _counts(batch, count, generator), generator)
+    def _sent(self, tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
 
-
-def _counts(batch: Batch, count: int, generator: torch.Generator) -> list[int]:
-    """How many tiles are high, medium and low."""
-
-    def draw(most: int) -> int:
-        return int(torch.randint(0, most + 1, (1,), generator=generator))
-
-    if batch.mode == "crops":
-        return [min(count, 1 + draw(4)), min(max(count - 5, 0), draw(2)), 0]
-    needed = int(batch.targets.flatten(1).sum(1).float().quantile(0.75))
-    high = min(count, max(1 + draw(max(1, count // 8)), needed if draw(9) < 8 else 1))
-    medium = min(count - high, draw(max(1, count // 8)))
-    return [high, medium, min(count - high - medium, draw(max(1, count // 4)))]
-
-
-def _ranked(batch: Batch, counts: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Tiles ranked by need plus noise, the best of them at the highest LODs."""
-    noise = torch.rand(batch.targets.flatten(1).shape, generator=generator)
-    aware = (torch.rand(len(noise), 1, generator=generator) < 0.92).float()
-    order = (batch.targets.flatten(1).cpu().float() * aware * 10 + noise).argsort(1, descending=True)
-    levels = torch.zeros(noise.shape[1], dtype=torch.long)
-    start = 0
-    for level, number in zip((Lod.HIGH, Lod.MEDIUM, Lod.LOW), counts, strict=True):
-        levels[start : start + number] = int(level)
-        start += number
-    return torch.zeros_like(order).scatter(1, order, levels.expand(len(order), -1))
-
-
-def hidden_none(weights: VisionWeights, batch: Batch) -> Tensor:
-    """No patches at full resolution: fp32 [0, hidden]."""
-    return torch.zeros(0, weights.hidden, device=batch.images.device)
+    def _no_labels(self) -> Tensor:
+        return self.batch.glyphs[:0].flatten()
 
 
 def _run(weights: VisionWeights, images: Tensor, side: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Last hidden state [K, N, hidden], and tokens [K, m, D] with planes [L, K, m, D], of square images."""
     tower = StaticTower(weights)
-    patches = patchify(images, weights, torch.bfloat16 if images.is_cuda else torch.float32)
-    hidden, planes = tower.trunk(patches, *geometry(weights, side, side))
+    patches = _patches(images, weights)
+    matrix, cos, sin = _shape_of(
+        side, math.isqrt(len(weights.position_table)), weights.head_dim, weights.merge, images.device
+    )
+    positions = (matrix @ weights.position_table.float()).to(weights.patch_bias.dtype)
+    hidden, planes = tower.trunk(patches, positions, cos, sin)
     return hidden, (tower.merge(weights.merger, hidden), planes)
+
+
+@lru_cache(maxsize=64)
+def _shape_of(
+    side: int, table: int, head_dim: int, merge: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `arrcoc.lod.tower.geometry` knows of a square image, its interpolation as a matrix [N, table**2].
+
+    The matrix's gradient is a product too; that of indexing would be sorted and added up piece by piece.
+    """
+    patches = side * merge
+    identity = torch.eye(table * table, device=device)
+    matrix = merge_order(interpolated_positions(identity, patches, patches), merge)
+    row = torch.arange(patches, device=device)[:, None].expand(patches, patches)
+    cos, sin = axial_rotary(merge_order(row, merge), merge_order(row.T, merge), head_dim)
+    return matrix, cos, sin
+
+
+def _patches(images: Tensor, weights: VisionWeights) -> Tensor:
+    """As `arrcoc.vision.patchify` at mean and deviation one half, but without constants that must be sent."""
+    assert weights.mean == weights.std == (0.5, 0.5, 0.5)
+    normal = ((images - 127.5) / 127.5).to(weights.patch_bias.dtype)
+    clip = normal[:, :, None].expand(-1, -1, 2, -1, -1)
+    order = "k c t (h i y) (w j x) -> k (h w i j) (c t y x)"
+    return rearrange(clip, order, i=weights.merge, j=weights.merge, y=weights.patch, x=weights.patch)
+
+
+def _inner(tokens: Tensor, side: int, halo: int) -> Tensor:
+    """Tokens [..., (side + 2 * halo)**2, D] in raster order to the inner [..., side**2, D]."""
+    if not halo:
+        return tokens
+    full = side + 2 * halo
+    square = tokens.reshape(*tokens.shape[:-2], full, full, tokens.shape[-1])
+    return square[..., halo : halo + side, halo : halo + side, :].flatten(-3, -2)
 
 
 def _scaled(images: Tensor, size: int) -> Tensor:
@@ -213,54 +281,63 @@ def _rows_at(lod: Tensor, level: Lod) -> Tensor | None:
     return chosen.nonzero()[:, 1].view(len(lod), count) if count else None
 
 
-def _cut(images: Tensor, grid: Grid, side: int, high: int, index: Tensor) -> Tensor:
-    """Tiles uint8 [B*k, 3, t, t] with raster indices [B, k], at `side` tokens along the edge."""
-    level = area_resample(images, high, side)
-    batch, _, height, _ = level.shape
-    size = height // grid.rows
-    tiles = level.view(batch, 3, grid.rows, size, grid.cols, size).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    rows = torch.arange(batch, device=images.device)[:, None]
-    return tiles[rows, index].flatten(0, 1)
+def _position_table(count: int, cols: int, side: int, high: int, device: torch.device) -> Tensor:
+    """Positions of all tiles at a side: fp32 [2, count, side**2]."""
+    return tile_positions(torch.arange(count), cols, side, high).to(device)
 
 
-def _by_example(
-    tokens: Tensor, planes: Tensor, where: Tensor, shape: torch.Size
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From tiles [B*k, m, D] to examples [B, k*m, D]; planes and positions [2, B*k, m] likewise."""
-    batch = shape[0]
-    return (
-        tokens.reshape(batch, -1, tokens.shape[-1]),
-        planes.reshape(planes.shape[0], batch, -1, planes.shape[-1]),
-        where.reshape(2, batch, -1).transpose(0, 1),
+def _joined(parts: Sequence[Part]) -> Part:
+    tokens, planes, where, spot, reach = zip(*parts, strict=True)
+    return Part(
+        torch.cat(tokens, 1),
+        torch.cat(planes, 2),
+        torch.cat(where, 2),
+        torch.cat(spot, 2),
+        torch.cat(reach, 1),
     )
 
 
-def _joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, planes, where = zip(*parts, strict=True)
-    return torch.cat(tokens, 1), torch.cat(planes, 2), torch.cat(where, 2)
-
-
-def _sorted(part: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _sorted(part: Part) -> Part:
     """In raster order of position, row first."""
-    tokens, planes, where = part
-    by_column = where[:, 1].argsort(dim=1, stable=True)
-    order = by_column.gather(1, where[:, 0].gather(1, by_column).argsort(dim=1, stable=True))
-    spread = order[..., None].expand(-1, -1, tokens.shape[-1])
-    return (
-        tokens.gather(1, spread),
-        planes.gather(2, spread[None].expand(planes.shape[0], -1, -1, -1)),
-        where.gather(2, order[:, None].expand(-1, 2, -1)),
+    by_column = part.where[:, 1].argsort(dim=1, stable=True)
+    order = by_column.gather(1, part.where[:, 0].gather(1, by_column).argsort(dim=1, stable=True))
+    return Part(
+        permuted(part.tokens, order),
+        permuted(part.planes, order),
+        part.where.gather(2, order[:, None].expand(-1, 2, -1)),
+        part.spot.gather(2, order[:, None].expand(-1, 2, -1)),
+        part.reach.gather(1, order),
     )
 
 
-def _tile_labels(glyphs: Tensor, grid: Grid, index: Tensor, weights: VisionWeights) -> Tensor:
+class _Permuted(torch.autograd.Function):
+    """Rows [..., B, n, D] in another order [B, n]; the gradient is read back, not added up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return _gathered(rows, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return _gathered(grad, order.argsort(dim=1)), None
+
+
+def _gathered(rows: Tensor, order: Tensor) -> Tensor:
+    return rows.gather(-2, order[..., None].expand(rows.shape))
+
+
+def permuted(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows [..., B, n, D] in the order int64 [B, n], a permutation of every row's n places."""
+    moved: Tensor = _Permuted.apply(rows, order)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def _tile_labels(glyphs: Tensor, grid: Grid, index: Tensor) -> Tensor:
     """Glyph labels int64 [B*k*N] of the patches of tiles, in merge order."""
     batch, height, _ = glyphs.shape
     size = height // grid.rows
-    tiles = (
-        glyphs.view(batch, grid.rows, size, grid.cols, size).transpose(2, 3).reshape(batch, -1, size, size)
-    )
+    tiles = rearrange(glyphs, "b (r y) (c x) -> b (r c) y x", r=grid.rows, y=size, c=grid.cols, x=size)
     chosen = tiles[torch.arange(batch, device=glyphs.device)[:, None], index].flatten(0, 1)
-    merge = weights.merge
-    blocks = chosen.view(-1, size // merge, merge, size // merge, merge).transpose(2, 3)
-    return blocks.reshape(-1)
+    return rearrange(chosen, "k (h i) (w j) -> (k h w i j)", i=2, j=2)

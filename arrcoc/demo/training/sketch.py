@@ -2,112 +2,93 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from arrcoc.demo.placards import PICTURE, Example, layout, paraphrases, placard_range, questions, sample
+from arrcoc.demo.placards import PICTURE, Example, layout, paraphrases, placard_range, questions
 from arrcoc.demo.placards.distractors import most
+from arrcoc.demo.placards.drawing import Sprite
 from arrcoc.demo.placards.layout import Footprint
-from arrcoc.demo.placards.records import Ask, Box, Kind, Placard, Rng, Spec, shifted
+from arrcoc.demo.placards.records import Ask, Box, Kind, Picture, Placard, Rng, Spec, intersects, shifted
 from arrcoc.demo.placards.scene import Shadow, shadows
 from arrcoc.demo.placards.vocabulary import neighbours
-from arrcoc.demo.training.bank import Index
+from arrcoc.demo.training.bank import Index, Question
 from arrcoc.demo.training.batches import Batch, Prompts, StepDraw, collate, draw_step, step_families
+from arrcoc.demo.training.places import Part, Places, pack
 from arrcoc.demo.training.recipe import Recipe
 
 _TRIES = 40
 _TIGHT = 256
 _TIGHT_SIGN = 84
 """Longest box of a sign, in px, on a canvas that is tight for two."""
-
-
-class Places(NamedTuple):
-    """Where the parts of a bank go; the first column of every table is the example.
-
-    Attributes:
-        crops: int64 [n, 6]: example, background, top, left, side of the crop, 1 if flipped.
-        grades: fp32 [n, 3, 2]: factor and offset of each channel.
-        strays: int64 [k, 5]: example, order within it, sprite, x, y.
-        signs: int64 [k, 5], likewise.
-        shadows: fp64 [k, 8]: example, order, centre x and y, axes row by row.
-    """
-
-    crops: Tensor
-    grades: Tensor
-    strays: Tensor
-    signs: Tensor
-    shadows: Tensor
+_SIGN_SHADOW, _STRAY_SHADOW = 0.35, 0.2
+"""How dark drop shadows are; as in `drawing.paste` and `distractors.scatter`."""
 
 
 class Sketch(NamedTuple):
-    """A batch without its composed images: `batch.images` holds those of the examples `drawn` alone."""
+    """A batch without its images, and what they are composed of."""
 
     batch: Batch
-    drawn: tuple[int, ...]
     places: Places
 
 
 class Scene(NamedTuple):
-    """One canvas: the example, its image left blank, and the parts that make it up."""
+    """One canvas: the example, its image left blank, and the parts that make it up, in drawing order."""
 
     example: Example
     crop: tuple[int, int, int, int, int]
     grade: NDArray[np.float32]
-    strays: list[tuple[int, int, int]]
-    signs: list[tuple[int, int, int]]
+    parts: list[Part]
     shadows: list[Shadow]
 
 
 class SketchDataset(Dataset[Sketch]):
-    """Item i is the sketch of step `start + i` for one rank; all steps belong to the bank of `index`."""
+    """Item i is the sketch of step `steps[i]` for one rank."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        prompts: Prompts,
-        steps: range,
-        rank: int,
-        index: Index,
-        photographs: Path | None = None,
-    ) -> None:
-        """Args: recipe; how prompts are written; which steps; which process; the bank; more photographs."""
+    def __init__(self, recipe: Recipe, prompts: Prompts, steps: range, rank: int, index: Index) -> None:
+        """Args: recipe; how prompts are written; which steps; which process; the bank."""
         self.recipe, self.prompts, self.steps, self.rank, self.index = recipe, prompts, steps, rank, index
-        self.photographs = photographs
 
     def __len__(self) -> int:
         """Number of steps."""
         return len(self.steps)
 
     def __getitem__(self, item: int) -> Sketch:
-        """The sketch of one step; pictures of easy-VQA are drawn, for the bank holds none."""
+        """The sketch of one step."""
         torch.set_num_threads(1)
         drawn = draw_step(self.recipe, self.steps[item], self.rank)
-        made = [self._one(index, drawn) for index in drawn.indices]
-        examples = [one.example if isinstance(one, Scene) else one for one in made]
-        whole = tuple(row for row, one in enumerate(made) if not isinstance(one, Scene))
-        images = np.zeros((len(whole), drawn.canvas, drawn.canvas, 3), np.uint8)
-        for place, row in enumerate(whole):
-            images[place] = examples[row].image
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        scenes = [
+            draw_scene(self.recipe.seed, number, drawn.canvas, self._families(drawn, number), self.index)
+            for number in drawn.indices
+        ]
+        blank = torch.empty((0, 3, drawn.canvas, drawn.canvas), dtype=torch.uint8)
+        examples = [scene.example for scene in scenes]
         batch = collate(
-            examples, self.prompts, self.recipe.tile, drawn.canvas, drawn.mode, drawn.plan_seed, pixels
+            examples, self.prompts, self.recipe.tile, drawn.canvas, drawn.mode, drawn.plan_seed, blank
         )
-        scenes = [(row, one) for row, one in enumerate(made) if isinstance(one, Scene)]
-        return Sketch(batch, whole, _places(scenes))
+        places = pack(
+            [scene.crop for scene in scenes],
+            [scene.grade for scene in scenes],
+            [scene.parts for scene in scenes],
+            [scene.shadows for scene in scenes],
+            drawn.canvas,
+        )
+        return Sketch(batch, places)
 
-    def _one(self, index: int, drawn: StepDraw) -> Scene | Example:
-        families = step_families(drawn, index)
-        if families == [PICTURE]:
-            return sample(
-                self.recipe.seed, index, "train", drawn.canvas, families, photographs=self.photographs
-            )
-        return draw_scene(self.recipe.seed, index, drawn.canvas, families, self.index)
+    def _families(self, drawn: StepDraw, number: int) -> list[str]:
+        """A bank without pictures asks the other questions instead."""
+        if not asked(self.index, drawn.canvas):
+            drawn = drawn._replace(pictures=0.0)
+        return step_families(drawn, number)
+
+
+def asked(index: Index, canvas: int) -> tuple[tuple[Question, ...], ...]:
+    """The bank's questions about pictures that have room on a canvas, in groups of equal chance."""
+    return index.asked_small if canvas == _TIGHT else index.asked
 
 
 def draw_scene(seed: int, number: int, canvas: int, families: list[str], index: Index) -> Scene:
@@ -117,38 +98,77 @@ def draw_scene(seed: int, number: int, canvas: int, families: list[str], index: 
         seed: of the run.
         number: of the example.
         canvas: side in px.
-        families: drawn from with equal chance, "picture" excepted.
+        families: drawn from with equal chance; "picture" only where `asked` has questions.
         index: of the bank.
     """
     rng = np.random.default_rng([seed, number, canvas, 4])
     family = families[rng.integers(len(families))]
-    low, high = placard_range(canvas)
-    count = int(rng.integers(max(low, 2) if family == "compare" else low, high + 1))
-    ask, chosen, corners = cast(rng, family, count, index, _TIGHT_SIGN if canvas == _TIGHT else 1 << 10)
-    sprites = [index.signs[place].sprite for place in chosen]
-    feet = [
-        Footprint(sprite.alpha.shape[1], sprite.alpha.shape[0], sprite.code_box, corner)
-        for sprite, corner in zip(sprites, corners, strict=True)
-    ]
-    boxes = layout.place(rng, feet, canvas, canvas)
-    placards = tuple(_placard(index, place, box) for place, box in zip(chosen, boxes, strict=True))
+    row, shown = _question(rng, asked(index, canvas)) if family == PICTURE else (None, None)
+    ask, chosen, corners = _signs(rng, family, canvas, index)
+    feet = [_foot(index.signs[place].sprite, corner) for place, corner in zip(chosen, corners, strict=True)]
+    # As on drawn canvases the picture comes first, and no sign covers any of it.
+    frame = [] if shown is None else [_foot(index.pictures[shown].sprite, None)]
+    boxes = layout.place(rng, [*frame, *feet], canvas, canvas)
+    own = boxes[len(frame) :]
+    placards = tuple(_placard(index, place, box) for place, box in zip(chosen, own, strict=True))
     strays = _strays(rng, index, ask, boxes, canvas)
+    picture = None if shown is None else Picture(index.pictures[shown].image_id, boxes[0])
+    if row is None or picture is None:
+        answer = questions.answer(ask, placards, canvas, canvas)
+        targets = tuple(placard.box for placard in questions.targets(ask, placards))
+    else:
+        answer, targets = row.answer, (picture.box,)
     example = Example(
         image=np.broadcast_to(np.zeros((), np.uint8), (canvas, canvas, 3)),
-        question=paraphrases.word(rng, ask, "train"),
-        answer=questions.answer(ask, placards, canvas, canvas),
+        question=paraphrases.word(rng, ask, "train", row.question if row else ""),
+        answer=answer,
         family=family,
-        targets=tuple(placard.box for placard in questions.targets(ask, placards)),
+        targets=targets,
         placards=placards,
         ask=ask,
-        picture=None,
+        picture=picture,
         seed=seed,
         index=number,
         split="train",
         background="bank",
     )
-    signs = [(place, box[0], box[1]) for place, box in zip(chosen, boxes, strict=True)]
-    return Scene(example, _crop(rng, index, canvas), _grade(rng), strays, signs, shadows(rng, boxes))
+    parts = _parts(index, strays, shown, chosen, boxes)
+    return Scene(example, _crop(rng, index, canvas), _grade(rng), parts, shadows(rng, boxes))
+
+
+def _question(rng: Rng, groups: tuple[tuple[Question, ...], ...]) -> Question:
+    group = groups[rng.integers(len(groups))]
+    return group[rng.integers(len(group))]
+
+
+def _signs(rng: Rng, family: str, canvas: int, index: Index) -> tuple[Ask, list[int], list[str | None]]:
+    """As `cast`, with as many signs as `placards.sample` draws; beside a picture those of a read question."""
+    low, high = placard_range(canvas)
+    longest = _TIGHT_SIGN if canvas == _TIGHT else 1 << 10
+    if family == PICTURE:
+        count = low if high <= 2 else int(rng.integers(low, high + 1))
+        _, chosen, corners = cast(rng, "read", count, index, longest)
+        return Ask(PICTURE, PICTURE), chosen, corners
+    count = int(rng.integers(max(low, 2) if family == "compare" else low, high + 1))
+    return cast(rng, family, count, index, longest)
+
+
+def _foot(sprite: Sprite, corner: str | None) -> Footprint:
+    return Footprint(sprite.alpha.shape[1], sprite.alpha.shape[0], sprite.code_box, corner)
+
+
+def _parts(
+    index: Index, strays: list[tuple[int, Box]], shown: int | None, chosen: list[int], boxes: list[Box]
+) -> list[Part]:
+    """Distractors, which are clear of all else, then picture and signs above what they overlap."""
+    parts = [Part(*index.texel("strays", place), box, _STRAY_SHADOW, 0) for place, box in strays]
+    frame = [] if shown is None else [("pictures", shown)]
+    levels: list[int] = []
+    for (store, place), box in zip([*frame, *(("signs", place) for place in chosen)], boxes, strict=True):
+        below = [level for level, other in zip(levels, boxes, strict=False) if intersects(box, other)]
+        levels.append(max(below) + 1 if below else 0)
+        parts.append(Part(*index.texel(store, place), box, _SIGN_SHADOW, levels[-1]))
+    return parts
 
 
 def cast(
@@ -260,18 +280,18 @@ def _placard(index: Index, place: int, box: Box) -> Placard:
     return Placard(spec.colour, spec.shape, spec.code, box, code_box, sprite.glyphs + box[:2], font)
 
 
-def _strays(rng: Rng, index: Index, ask: Ask, taken: list[Box], canvas: int) -> list[tuple[int, int, int]]:
+def _strays(rng: Rng, index: Index, ask: Ask, taken: list[Box], canvas: int) -> list[tuple[int, Box]]:
     """Distractors clear of all signs and of each other; no blank sign is of an asked kind."""
-    found: list[tuple[int, int, int]] = []
-    boxes: list[Box] = []
+    found: list[tuple[int, Box]] = []
     for _ in range(int(rng.integers(0, most(canvas, canvas) + 1))):
         place = int(rng.integers(len(index.strays)))
-        size, kind = index.strays[place]
-        asked = kind is not None and any(k.matches(str(kind.colour), str(kind.shape)) for k in ask.kinds)
-        box = None if asked else layout.free_box(rng, size, [*taken, *boxes], canvas, canvas)
+        sprite, kind = index.strays[place]
+        avoided = kind is not None and any(k.matches(str(kind.colour), str(kind.shape)) for k in ask.kinds)
+        size = sprite.alpha.shape[1], sprite.alpha.shape[0]
+        others = [*taken, *(box for _, box in found)]
+        box = None if avoided else layout.free_box(rng, size, others, canvas, canvas)
         if box is not None:
-            found.append((place, box[0], box[1]))
-            boxes.append(box)
+            found.append((place, box))
     return found
 
 
@@ -287,25 +307,3 @@ def _grade(rng: Rng) -> NDArray[np.float32]:
     contrast, brightness, casts = rng.uniform(0.75, 1.1), rng.uniform(-20, 20), rng.uniform(0.9, 1.1, 3)
     offset = 128 * (1 - contrast) + brightness
     return np.stack([contrast * casts, offset * casts], 1).astype(np.float32)
-
-
-def _places(scenes: list[tuple[int, Scene]]) -> Places:
-    def table(rows: list[list[float]], width: int, kind: torch.dtype) -> Tensor:
-        return torch.tensor(rows, dtype=kind).reshape(len(rows), width)
-
-    def pasted(name: str) -> Tensor:
-        rows = [[row, i, *part] for row, scene in scenes for i, part in enumerate(getattr(scene, name))]
-        return table(rows, 5, torch.long)
-
-    cast_shadows = [
-        [row, i, (s.region[0] + s.region[2]) / 2, (s.region[1] + s.region[3]) / 2, *s.axes.ravel()]
-        for row, scene in scenes
-        for i, s in enumerate(scene.shadows)
-    ]
-    return Places(
-        crops=table([[row, *scene.crop] for row, scene in scenes], 6, torch.long),
-        grades=torch.from_numpy(np.array([s.grade for _, s in scenes], np.float32).reshape(-1, 3, 2)),
-        strays=pasted("strays"),
-        signs=pasted("signs"),
-        shadows=table(cast_shadows, 8, torch.double),
-    )
