@@ -15,22 +15,26 @@ from arrcoc.config import Config
 from arrcoc.errors import BudgetError
 from arrcoc.records import Grid, Layout, Lod, Plan, Relevance, Tensions
 
+AUTO_STRIDES = (1, 2, 3, 4)
+"""What `overview_stride: auto` chooses from."""
 
-def resolve_budget(budget: int | float | None, grid: Grid, config: Config) -> int:
+
+def resolve_budget(budget: int | float | None, grid: Grid, config: Config, least: int | None = None) -> int:
     """The budget of a request, in tokens.
 
     Args:
         budget: a float in (0, 1] is a share of full resolution, floor(share * R*C*S**2); an int is a number
             of tokens, so 1.0 is everything and 1 is one token; None takes `config.budget`.
         grid: the tile grid.
-        config: sides, LOD bounds and layout.
+        config: sides, LOD bounds, layout and overview.
+        least: the fewest tokens that are possible; None takes `least_tokens`.
 
     Raises:
         BudgetError: not a finite number, not positive, above full resolution, or below the least that the
-            configuration can do: every tile at `min_lod`, and in `refine` and `crops` the glimpse.
+            configuration can do: every tile at `min_lod`, and in `refine` and `crops` the overview.
     """
     asked = config.budget if budget is None else budget
-    full, least = full_tokens(grid, config), least_tokens(grid, config)
+    full, least = full_tokens(grid, config), least_tokens(grid, config) if least is None else least
     if least > full:
         raise BudgetError(
             f"min_lod {config.min_lod} with layout {config.layout.value} takes {least} tokens",
@@ -54,15 +58,50 @@ def full_tokens(grid: Grid, config: Config) -> int:
 
 
 def least_tokens(grid: Grid, config: Config) -> int:
-    """Tokens below which no plan exists: every tile at `min_lod`, and the glimpse where the layout has one.
+    """Tokens below which no plan exists: every tile at `min_lod`, and the overview where the layout has one.
 
-    Where that would exceed full resolution but the plan may be all high instead, it is `full_tokens`.
+    An overview whose stride is `auto` counts at the coarsest. Where that would exceed full resolution but the
+    plan may be all high instead, it is `full_tokens`.
     """
-    floor = _count_tokens([config.min_lod] * grid.count, config, _has_glimpse(config))
-    may_be_whole = config.mode == "budget" or config.min_lod == Lod.HIGH
-    if may_be_whole and _may_be_all_high([config.max_lod] * grid.count, config):
-        return min(floor, full_tokens(grid, config))
-    return floor
+    coarsest = AUTO_STRIDES[-1] if config.overview_stride == "auto" else config.overview_stride
+    floor = _tile_tokens([config.min_lod] * grid.count, config)
+    if config.layout is not Layout.REPLACE:
+        floor += overview_tokens(grid, config, coarsest)
+    return min(floor, full_tokens(grid, config)) if _is_whole_at_full(grid, config) else floor
+
+
+def overview_tokens(grid: Grid, config: Config, stride: int) -> int:
+    """Tokens of the whole frame at LOD background with one for every `stride` along each axis; 0 for 0."""
+    return math.prod(grid.shape_in_tokens(config.sides[Lod.BACKGROUND], stride)) if stride else 0
+
+
+def overview_stride(grid: Grid, config: Config, budget: int) -> int:
+    """Glimpse tokens along each axis to one token of the overview that a plan keeps.
+
+    `auto` is the least of 1 to 4 at which the overview takes at most `overview_share` of the budget and
+    leaves enough for every tile at `min_lod`; 4 if none does. It never grows with the budget. Strides that
+    give the same number of rows and columns are the same overview: the least of them is taken.
+
+    Args:
+        grid: the tile grid.
+        config: sides, layout, `min_lod`, `overview_stride` and `overview_share`.
+        budget: most tokens, from `resolve_budget`.
+
+    Returns:
+        0 where there is no overview whatever the relevance: layout `replace`, or all tiles high.
+    """
+    whole = budget >= full_tokens(grid, config) and _is_whole_at_full(grid, config)
+    if whole or config.layout is Layout.REPLACE:
+        return 0
+    if config.overview_stride == "auto":
+        left = budget - _tile_tokens([config.min_lod] * grid.count, config)
+        most = min(left, config.overview_share * budget)
+        within = (k for k in AUTO_STRIDES if overview_tokens(grid, config, k) <= most)
+        chosen = next(within, AUTO_STRIDES[-1])
+    else:
+        chosen = config.overview_stride
+    shapes = [grid.shape_in_tokens(config.sides[Lod.BACKGROUND], k) for k in range(1, chosen + 1)]
+    return shapes.index(shapes[-1]) + 1
 
 
 def plan(relevance: Relevance, grid: Grid, config: Config, budget: int) -> Plan:
@@ -78,30 +117,30 @@ def plan(relevance: Relevance, grid: Grid, config: Config, budget: int) -> Plan:
     A higher relevance never gets a lower LOD, neither among the tiles of one plan nor when one tile's
     relevance is raised.
 
-    Where every tile may be high and the budget is full resolution, every tile is high and the glimpse is
-    left out, whatever the layout: a sequence in which all is high needs no glimpse, and equals the stock
-    image.
+    Where every tile may be high and the budget is full resolution, every tile is high and the overview is
+    left out, whatever the layout: a sequence in which all is high needs none, and equals the stock image.
 
     The only host synchronisation of this stage is one copy of map and tensions together.
 
     Args:
         relevance: map fp32 [R, C], finite (asserted), on any device.
         grid: the tile grid.
-        config: sides, utilities, bounds, mode and layout.
+        config: sides, utilities, bounds, mode, layout and overview.
         budget: most tokens, from `resolve_budget`.
     """
     values, tensions = _read(relevance, grid)
     ceilings = _ceilings(values, config)
     full = full_tokens(grid, config)
     whole = budget >= full and _may_be_all_high(ceilings, config)
-    glimpse = _has_glimpse(config) and not whole
+    stride = 0 if whole else overview_stride(grid, config, budget)
+    overview = overview_tokens(grid, config, stride)
     if whole:
         lods = [int(Lod.HIGH)] * grid.count
     else:
-        spare = budget - _count_tokens([config.min_lod] * grid.count, config, glimpse)
+        spare = budget - overview - _tile_tokens([config.min_lod] * grid.count, config)
         assert spare >= 0, f"budget {budget} is below the least possible: use resolve_budget"
         lods = choose_lods(values.flatten().tolist(), ceilings, config, spare)
-    tokens = _count_tokens(lods, config, glimpse)
+    tokens = overview + _tile_tokens(lods, config)
     assert tokens <= budget, f"{tokens} tokens planned for a budget of {budget}"
     return Plan(
         lod=torch.tensor(lods, dtype=torch.int64).reshape(grid.rows, grid.cols),
@@ -109,7 +148,7 @@ def plan(relevance: Relevance, grid: Grid, config: Config, budget: int) -> Plan:
         tensions=tensions,
         sides=config.sides,
         layout=config.layout,
-        glimpse=glimpse,
+        overview_stride=stride,
         tokens=tokens,
         budget=budget,
         full_tokens=full,
@@ -171,15 +210,16 @@ def _may_be_all_high(ceilings: Sequence[int], config: Config) -> bool:
     return config.min_lod == Lod.HIGH or (unlimited and min(ceilings) == Lod.HIGH)
 
 
-def _has_glimpse(config: Config) -> bool:
-    return config.layout is not Layout.REPLACE
+def _is_whole_at_full(grid: Grid, config: Config) -> bool:
+    """Whether with a budget of full resolution all tiles are high, whatever the relevance."""
+    for_any = config.mode == "budget" or config.min_lod == Lod.HIGH
+    return for_any and _may_be_all_high([config.max_lod] * grid.count, config)
 
 
-def _count_tokens(lods: Sequence[int], config: Config, glimpse: bool) -> int:
-    """Tokens of a sequence: the tiles at their LODs, and the glimpse once where it is part of it."""
-    first_look = len(lods) * config.sides[Lod.BACKGROUND] ** 2 if glimpse else 0
+def _tile_tokens(lods: Sequence[int], config: Config) -> int:
+    """Tokens of the tiles at their LODs, without the overview."""
     costs = config.lod_costs
-    return first_look + sum(costs[lod] for lod in lods)
+    return sum(costs[lod] for lod in lods)
 
 
 def _as_tokens(budget: object, full: int) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -46,6 +46,8 @@ class Config(BaseModel):
     beside the model."""
     glimpse: Literal["joint", "tiles"] = "joint"
     """Whether the glimpse is encoded as one ordinary image or tile by tile."""
+    halo: int = Field(default=0, ge=0, le=4)
+    """Tokens of margin that are encoded around every tile and dropped afterwards."""
     probe_depth: tuple[float, ...] = (0.4, 0.5, 0.6)
     """Decoder layers at which attention is probed, as fractions of the depth."""
     generic_prompt: str = "Write a general description of the image."
@@ -82,6 +84,11 @@ class Config(BaseModel):
 
     # Sequence.
     layout: Layout = Layout.REFINE
+    overview_stride: Annotated[int, Field(ge=1, le=8)] | Literal["auto"] = "auto"
+    """How much coarser than the glimpse, along each axis, the overview is that an answer keeps of the whole
+    frame (`refine` and `crops`); auto takes the least of 1 to 4 that keeps within `overview_share`."""
+    overview_share: float = Field(default=0.5, gt=0, le=1)
+    """Most of a request's budget that the overview may take where `overview_stride` is auto."""
     order: Literal["raster", "tile"] = "raster"
     """Token order inside `replace` and inside the refined tiles of `refine`: by position, or tile by tile."""
 
@@ -151,7 +158,7 @@ class Config(BaseModel):
 
     @property
     def lod_costs(self) -> tuple[int, ...]:
-        """Tokens that a tile adds at each LOD; in `refine` and `crops` the glimpse pays for background."""
+        """Tokens that a tile adds at each LOD; in `refine` and `crops` the overview pays for background."""
         squares = tuple(s * s for s in self.sides)
         return squares if self.layout is Layout.REPLACE else (0, *squares[1:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from arrcoc.devices import resolve_device
 from arrcoc.errors import EncodingError
-from arrcoc.records import Layout, Lod, Scores, Segment, Tensions, VisionSequence
+from arrcoc.records import Grid, Layout, Lod, Scores, Segment, Tensions, VisionSequence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +41,8 @@ class Encoding:
         tensions: the three opponent tensions.
         sides: tokens along a tile's edge for each LOD.
         layout: how the tokens are laid out.
+        overview_stride: how much coarser than LOD background, along each axis, the overview is with which the
+            tokens begin; 1 is the glimpse itself, 0 no overview.
         question: what was asked.
         budget: most tokens allowed.
         full_tokens: tokens of the whole frame at LOD high.
@@ -61,6 +64,7 @@ class Encoding:
     tensions: Tensions
     sides: tuple[int, int, int, int]
     layout: Layout
+    overview_stride: int
     question: str
     budget: int
     full_tokens: int
@@ -80,6 +84,15 @@ class Encoding:
     def share(self) -> float:
         """Tokens as a share of full resolution."""
         return self.n_tokens / self.full_tokens
+
+    @property
+    def overview_tokens(self) -> int:
+        """Vision tokens of the overview; the others are the tiles'."""
+        if not self.overview_stride:
+            return 0
+        rows, cols = self.lod.shape
+        grid = Grid(rows, cols, tile=self.sides[Lod.HIGH])
+        return math.prod(grid.shape_in_tokens(self.sides[Lod.BACKGROUND], self.overview_stride))
 
     @property
     def lod_counts(self) -> dict[str, int]:
@@ -105,6 +118,7 @@ class Encoding:
             tokens=self.n_tokens,
             full_tokens=self.full_tokens,
             tensions=self.tensions,
+            overview_tokens=self.overview_tokens,
         )
         if path is not None:
             plot.save(figure, path)
@@ -170,6 +184,7 @@ class Encoding:
             tensions=Tensions(*map(float, facts["tensions"])),
             sides=_ints(facts["sides"], 4),
             layout=Layout(facts["layout"]),
+            overview_stride=int(facts.get("overview_stride", _stride_of_old(facts, tensors["lod"]))),
             question=str(facts["question"]),
             budget=int(facts["budget"]),
             full_tokens=int(facts["full_tokens"]),
@@ -195,6 +210,8 @@ class Encoding:
             and self.lod.dim() == 2
             and bounds[:-1] == [segment.start for segment in self.segments]
             and bounds[-1] == count
+            and self.overview_stride >= 0
+            and self.overview_tokens <= count
         )
         if not whole:
             raise ValueError("its parts do not fit together")
@@ -207,7 +224,7 @@ class Encoding:
 
 _TENSORS = ("tokens", "deepstack", "positions", "lod", "relevance", "picture")
 _PLAIN = (
-    *("question", "budget", "full_tokens", "distortion", "fingerprint", "timings"),
+    *("question", "overview_stride", "budget", "full_tokens", "distortion", "fingerprint", "timings"),
     *("sides", "source_size", "frame_size", "tensions"),
 )
 
@@ -229,6 +246,12 @@ def _ints(values: Any, count: int) -> Any:
     if len(numbers) != count:
         raise ValueError(f"{len(numbers)} numbers where {count} belong")
     return numbers
+
+
+def _stride_of_old(facts: Mapping[str, Any], lod: Tensor) -> int:
+    """Of a file from before there were coarser overviews: the glimpse, unless all is high or replaced."""
+    whole = bool((lod == Lod.HIGH).all())
+    return 0 if whole or facts["layout"] == Layout.REPLACE.value else 1
 
 
 def _first_line(error: Exception) -> str:

@@ -181,6 +181,8 @@ class Engine:
             "sides": {name: list(c.sides) for name, c in self._presets.by_name.items()},
             "layout": base.layout.value,
             "glimpse": base.glimpse,
+            "halo": base.halo,
+            "overview_stride": base.overview_stride,
             "scorers": {"participatory": "texture" if self._head else "glimpse", "parallel": parallel},
             "lod_engines": self._viewer.backends(),
             "decoder": self._decoder.backend,

@@ -25,7 +25,7 @@ from arrcoc.vision import patchify
 
 
 class JointGlimpse:
-    """Encodes the whole frame at LOD background as one ordinary image."""
+    """Encodes the whole frame as one ordinary image: the joint glimpse, and every coarser overview."""
 
     def __init__(self, qwen: QwenVL) -> None:
         """Args: the checkpoint."""
@@ -33,12 +33,16 @@ class JointGlimpse:
         self._tower = StaticTower(qwen.vision)
         self._geometry = lru_cache(maxsize=32)(self._make_geometry)
 
-    @torch.inference_mode()
     def encode(self, frame: Frame) -> Features:
-        """Features of the frame: K = 1, one token per token_px square of `frame.background`, raster order."""
-        _, height, width = frame.background.shape
+        """Features of the frame at LOD background: `encode_pixels` of `frame.background`."""
+        return self.encode_pixels(frame.background)
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: Tensor) -> Features:
+        """Features of an image uint8 [3, h, w]: K = 1, one token per token_px square, raster order."""
+        _, height, width = pixels.shape
         shape = self._geometry(height // self._weights.token_px, width // self._weights.token_px)
-        return self._tower.encode(patchify(frame.background[None], self._weights, self._dtype), shape)
+        return self._tower.encode(patchify(pixels[None], self._weights, self._dtype), shape)
 
     def _make_geometry(self, rows: int, cols: int) -> Geometry:
         return geometry(self._weights, rows, cols)

@@ -1,6 +1,7 @@
 """From pixels to a frame: the tile grid, antialiased resampling, exact pyramid levels, tile hashes."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,17 @@ from arrcoc.config import Config
 from arrcoc.pixels import ImageInput, decode
 from arrcoc.records import Frame, Grid
 
-__all__ = ["ImageInput", "area_resample", "choose_grid", "decode", "frame", "tile_hashes", "tile_pixels"]
+__all__ = [
+    "ImageInput",
+    "area_resample",
+    "choose_grid",
+    "decode",
+    "frame",
+    "hash_tiles",
+    "overview_pixels",
+    "tile_hashes",
+    "tile_pixels",
+]
 
 _CHUNK = 1 << 22  # elements of a working tensor on the CPU
 _STEEP = 16  # CUDA's antialiased filter runs out of shared memory at about 23
@@ -88,7 +99,7 @@ def frame(pixels: Tensor, config: Config, token_px: int, device: torch.device) -
 
     Args:
         pixels: uint8 [3, h, w], as `decode` returns it.
-        config: `sides`, `max_tiles` and `max_distortion` are read.
+        config: `sides`, `max_tiles`, `max_distortion` and `halo` are read.
         token_px: edge of a merged vision token in pixels; a tile is `sides[3] * token_px` pixels.
         device: where the frame goes; resampling runs there.
 
@@ -107,7 +118,7 @@ def frame(pixels: Tensor, config: Config, token_px: int, device: torch.device) -
         pixels=framed,
         background=area_resample(framed, tile, config.sides[0] * token_px),
         grid=grid,
-        hashes=tile_hashes(framed, grid),
+        hashes=framed.new_empty(0, 4, dtype=torch.int64) if config.halo else tile_hashes(framed, grid),
         source=source,
         content=content,
         distortion=max(sy / sx, sx / sy) - 1,
@@ -203,18 +214,67 @@ def _box_sums(groups: Tensor, q: int, p: int, dim: int) -> Tensor:
     return torch.stack(windows, dim)
 
 
-def tile_pixels(frame: Frame, side_px: int, index: Tensor) -> Tensor:
+def tile_pixels(frame: Frame, side_px: int, index: Tensor, margin: int = 0) -> Tensor:
     """Tiles at a level of detail, resampled for the asked tiles only.
 
     Args:
         frame: the frame.
         side_px: edge of a tile at that level, in pixels.
         index: int64 [K], raster indices of the tiles, on any device.
+        margin: pixels of the level to add on every side.
 
     Returns:
-        uint8 [K, 3, side_px, side_px], bit-equal to slices of the whole frame's level.
+        uint8 [K, 3, side_px + 2*margin, side_px + 2*margin], bit-equal to slices of the whole frame's level,
+        which goes on beyond the frame with its edge pixels repeated.
     """
-    return area_resample(_cut(frame.pixels, frame.grid, index), frame.grid.tile, side_px)
+    grid = frame.grid
+    if margin == 0:
+        return area_resample(_cut(frame.pixels, grid, index), grid.tile, side_px)
+    common = math.gcd(grid.tile, side_px)
+    q, p = grid.tile // common, side_px // common
+    reach = -(-margin // p)  # groups of q pixels, which become p: a margin may end inside one
+    span, groups = common + 2 * reach, (grid.rows * common, grid.cols * common)
+    where = index.to(frame.pixels.device)
+    places = where // grid.cols, where % grid.cols
+    starts = [
+        (at * common - reach).clamp(0, max(count - span, 0)) for at, count in zip(places, groups, strict=True)
+    ]
+    level = area_resample(_windows(frame.pixels, starts, span, q), q, p)
+    # The level's own edge pixels are repeated, not the frame's: so places are clamped at the level.
+    steps = torch.arange(-margin, side_px + margin, device=where.device)
+    down, right = (
+        (at[:, None] * side_px + steps).clamp(0, count * p - 1) - start[:, None] * p
+        for at, count, start in zip(places, groups, starts, strict=True)
+    )
+    tall = level.gather(2, down[:, None, :, None].expand(-1, 3, -1, level.shape[3]))
+    return tall.gather(3, right[:, None, None, :].expand(-1, 3, tall.shape[2], -1))
+
+
+def _windows(pixels: Tensor, starts: Sequence[Tensor], span: int, group: int) -> Tensor:
+    """[K, 3, h, w] of [3, H, W]: `span` groups of pixels along each axis, or all there are, from `starts`."""
+    height, width = (min(span * group, edge) for edge in pixels.shape[1:])
+    every = pixels.unfold(1, height, group).unfold(2, width, group)
+    return every[:, starts[0], starts[1]].transpose(0, 1)
+
+
+def overview_pixels(frame: Frame, height: int, width: int) -> Tensor:
+    """The frame at LOD background, reduced further.
+
+    Args:
+        frame: the frame.
+        height: pixels, at most those of `frame.background`.
+        width: likewise.
+
+    Returns:
+        uint8 [3, height, width]: means over blocks where both edges divide exactly, else an antialiased
+        bilinear reduction; rounded.
+    """
+    wide = frame.background[None].float()
+    if wide.shape[2] % height == wide.shape[3] % width == 0:
+        small = F.avg_pool2d(wide, (wide.shape[2] // height, wide.shape[3] // width))
+    else:
+        small = F.interpolate(wide, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    return small[0].round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _cut(pixels: Tensor, grid: Grid, index: Tensor) -> Tensor:
@@ -241,22 +301,35 @@ def tile_hashes(pixels: Tensor, grid: Grid) -> Tensor:
     Returns:
         int64 [R*C, 4], each in [0, 2**32), raster order.
     """
-    assert pixels.dtype == torch.uint8
-    n_bytes = 3 * grid.tile**2
-    n_words = -(-n_bytes // 4)
-    multipliers = _multipliers(n_words, pixels.device)
-    base = multipliers[:, 0] + multipliers[:, 1] * grid.tile
-    sums = torch.empty(grid.count, 4, dtype=torch.int64, device=pixels.device)
     every = torch.arange(grid.count, device=pixels.device)
-    for index in torch.split(every, max(1, _chunk(pixels.device) // n_words)):
-        raw = F.pad(_cut(pixels, grid, index).reshape(len(index), -1), (0, 4 * n_words - n_bytes))
-        words = raw.view(torch.int32).to(torch.int64) & _WORD
-        for row in range(4):
-            sums[index, row] = (words * multipliers[row, 2:]).sum(1)
-    return ((sums + base) >> 32) & _WORD
+    parts = torch.split(every, _tiles_at_once(grid.tile, pixels.device))
+    return torch.cat([_hash(_cut(pixels, grid, index)) for index in parts])
 
 
-@lru_cache(maxsize=8)
+def hash_tiles(tiles: Tensor) -> Tensor:
+    """`tile_hashes` of tiles that are cut already: uint8 [K, 3, t, t] to int64 [K, 4]."""
+    parts = torch.split(tiles, _tiles_at_once(tiles.shape[-1], tiles.device))
+    return torch.cat([_hash(part) for part in parts])
+
+
+def _tiles_at_once(tile: int, device: torch.device) -> int:
+    return max(1, _chunk(device) // -(-3 * tile**2 // 4))
+
+
+def _hash(tiles: Tensor) -> Tensor:
+    """The hash of `tile_hashes`, uint8 [K, 3, t, t] to int64 [K, 4]."""
+    count, channels, height, tile = tiles.shape
+    assert (tiles.dtype, channels, height) == (torch.uint8, 3, tile), (tiles.dtype, tiles.shape)
+    n_bytes = 3 * tile**2
+    n_words = -(-n_bytes // 4)
+    multipliers = _multipliers(n_words, tiles.device)
+    raw = F.pad(tiles.reshape(count, n_bytes), (0, 4 * n_words - n_bytes))
+    words = raw.view(torch.int32).to(torch.int64) & _WORD
+    sums = torch.stack([(words * multipliers[row, 2:]).sum(1) for row in range(4)], dim=1)
+    return ((sums + multipliers[:, 0] + multipliers[:, 1] * tile) >> 32) & _WORD
+
+
+@lru_cache(maxsize=16)
 def _multipliers(n_words: int, device: torch.device) -> Tensor:
     """int64 [4, n_words + 2]; Philox, because numpy promises never to change its stream."""
     streams = [np.random.Philox(key=_HASH_SEED + row).random_raw(n_words + 2) for row in range(4)]

@@ -23,6 +23,7 @@ from arrcoc.records import (
     Features,
     Frame,
     Grid,
+    Layout,
     Lod,
     Plan,
     Query,
@@ -45,7 +46,7 @@ class Look:
 
     Attributes:
         encoding: its timings are not filled in yet.
-        prefix: the prompt up to the glimpse, where the scorer ran it and the plan keeps the glimpse.
+        prefix: the prompt up to the glimpse, where the scorer ran it and the plan's overview is the glimpse.
     """
 
     encoding: Encoding
@@ -74,7 +75,8 @@ class Pipeline:
         """
         self._qwen, self._config, self._head = qwen, config, head
         self._joint = JointGlimpse(qwen)
-        self._encoder = TileEncoder(engines, cache, image.tile_pixels, qwen.vision.token_px)
+        assert all(engine.halo == config.halo for engine in engines.values()), "engines of another halo"
+        self._encoder = TileEncoder(engines, cache, image.tile_pixels, image.hash_tiles, qwen.vision.token_px)
 
     @torch.inference_mode()
     def look(
@@ -106,7 +108,7 @@ class Pipeline:
         with timer.stage("texture"):
             maps = texture.extract(frame, config)
         with timer.stage("glimpse"):
-            glimpse = self._glimpse(frame)
+            glimpse = self._glimpse(frame) if self._needs_glimpse(frame.grid, tokens, judge) else None
         with timer.stage("score"):
             if judge is None:
                 scores, prefix = self._score(maps, query, glimpse)
@@ -120,10 +122,12 @@ class Pipeline:
         with timer.stage("allocate"):
             plan = allocation.plan(relevance, frame.grid, config, tokens)
         with timer.stage("encode"):
+            overview = glimpse if plan.overview_stride == 1 else self._overview(frame, plan)
             tiles = self._encode(frame, plan, glimpse)
         with timer.stage("assemble"):
-            laid_out = sequence.assemble(frame.grid, plan, glimpse, tiles, config.order)
-        return Look(self._record(frame, query, scores, plan, laid_out), prefix if plan.glimpse else None)
+            laid_out = sequence.assemble(frame.grid, plan, overview, tiles, config.order)
+        made = self._record(frame, query, scores, plan, laid_out)
+        return Look(made, prefix if plan.overview_stride == 1 else None)
 
     def token_range(self, pixels: Tensor) -> tuple[int, int]:
         """The least and the most tokens that an image uint8 [3, h, w] can be encoded to."""
@@ -133,6 +137,21 @@ class Pipeline:
         grid, _ = image.choose_grid(height, width, tile, config.max_tiles, config.max_distortion)
         return allocation.least_tokens(grid, config), allocation.full_tokens(grid, config)
 
+    def _needs_glimpse(self, grid: Grid, budget: int, judge: Judge | None) -> bool:
+        """Whether a scorer looks at the glimpse, or the answer may take tokens from it."""
+        if judge is None and self._head is None:
+            return True
+        config = self._config
+        return config.layout is Layout.REPLACE or allocation.overview_stride(grid, config, budget) == 1
+
+    def _overview(self, frame: Frame, plan: Plan) -> Features | None:
+        """What a plan keeps of the whole frame besides tiles, where it is coarser than the glimpse."""
+        if not plan.overview_stride:
+            return None
+        rows, cols = frame.grid.shape_in_tokens(plan.sides[0], plan.overview_stride)
+        edge = self._qwen.vision.token_px
+        return self._joint.encode_pixels(image.overview_pixels(frame, rows * edge, cols * edge))
+
     def _glimpse(self, frame: Frame) -> Features:
         if self._config.glimpse == "joint":
             return self._joint.encode(frame)
@@ -141,7 +160,7 @@ class Pipeline:
         (tiles,) = self._encoder.encode(frame, everywhere, torch.zeros(frame.grid.rows, frame.grid.cols))
         return sequence.join_tiles(tiles.features, frame.grid, tiles.side)
 
-    def _score(self, maps: Texture, query: Query, glimpse: Features) -> tuple[Scores, Prefix | None]:
+    def _score(self, maps: Texture, query: Query, glimpse: Features | None) -> tuple[Scores, Prefix | None]:
         """The three scorers side by side; with the glimpse scorer also the prefix it computed."""
         looking = self._head if self._head is not None else self._glimpse_scorer(glimpse, maps.grid)
         judges = (scorers.propositional, scorers.perspectival, looking)
@@ -153,20 +172,21 @@ class Pipeline:
                 tensor.record_stream(torch.cuda.current_stream(self._qwen.device))
         return Scores(*found), prefix
 
-    def _glimpse_scorer(self, glimpse: Features, grid: Grid) -> GlimpseScorer:
+    def _glimpse_scorer(self, glimpse: Features | None, grid: Grid) -> GlimpseScorer:
+        assert glimpse is not None, "the glimpse scorer looks at the glimpse"
         sides = self._config.sides
         where = sequence.glimpse_positions(grid, sides[0], sides[3])
         return GlimpseScorer(self._qwen, glimpse, where, sequence.extent(grid, sides[3]), grid, self._config)
 
-    def _encode(self, frame: Frame, plan: Plan, glimpse: Features) -> list[Tiles]:
+    def _encode(self, frame: Frame, plan: Plan, glimpse: Features | None) -> list[Tiles]:
         """The tiles above LOD background through the engines; the others out of the glimpse."""
         levels = plan.lod.flatten()
         wanted = {lod: (levels == lod).nonzero()[:, 0] for lod in (Lod.LOW, Lod.MEDIUM, Lod.HIGH)}
         tiles = self._encoder.encode(frame, wanted, plan.relevance)
-        if plan.glimpse:
+        if plan.overview_stride or not bool((levels == Lod.BACKGROUND).any()):
             return tiles
-        rest = sequence.background_tiles(frame.grid, plan, glimpse)
-        return [rest, *tiles] if len(rest.index) else tiles
+        assert glimpse is not None, "background tiles are cut out of the glimpse"
+        return [sequence.background_tiles(frame.grid, plan, glimpse), *tiles]
 
     def _record(
         self, frame: Frame, query: Query, scores: Scores, plan: Plan, laid_out: VisionSequence
@@ -183,6 +203,7 @@ class Pipeline:
             tensions=plan.tensions,
             sides=plan.sides,
             layout=plan.layout,
+            overview_stride=plan.overview_stride,
             question=query.text,
             budget=plan.budget,
             full_tokens=plan.full_tokens,

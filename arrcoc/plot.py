@@ -60,6 +60,7 @@ def overview(
     tokens: int,
     full_tokens: int,
     tensions: Tensions,
+    overview_tokens: int = 0,
 ) -> Figure:
     """Draw image, score maps, relevance, levels of detail and tensions as one figure.
 
@@ -70,9 +71,10 @@ def overview(
         lod: [R, C], values of `Lod`.
         sides: tokens along a tile's edge for each LOD.
         title: the question; a long one is wrapped, and cut after three lines.
-        tokens: vision tokens in all, the glimpse included.
+        tokens: vision tokens in all, the overview included.
         full_tokens: vision tokens of the whole frame at LOD high, at least 1.
         tensions: as floats in [-1, 1].
+        overview_tokens: vision tokens of the overview, 0 for none.
 
     Returns:
         A figure of its own, outside pyplot's global state. Its axes, by label and in order: `image`, each
@@ -92,7 +94,7 @@ def overview(
     for axes, values in zip(panels[1:-1], maps.values(), strict=True):
         _draw_heat(axes, picture, values)
     _draw_levels(panels[-1], picture, levels)
-    _draw_legend(foot[0], legend_lines(levels, sides), total_line(tokens, full_tokens))
+    _draw_legend(foot[0], legend_lines(levels, sides, overview_tokens), total_line(tokens, full_tokens))
     _draw_scale(foot[1])
     _draw_tensions(foot[2], tensions)
     _draw_heading(figure, heading)
@@ -139,18 +141,22 @@ def wrapped(title: str, width: int = 96, lines: int = 3) -> str:
     return "\n".join(textwrap.wrap(title, max(width, 8), max_lines=lines, placeholder=" …"))
 
 
-def legend_lines(lod: ArrayLike, sides: Sequence[int]) -> list[str]:
+def legend_lines(lod: ArrayLike, sides: Sequence[int], overview_tokens: int = 0) -> list[str]:
     """One line for each LOD, highest first: its name, tokens of one tile, number of tiles.
+
+    Where there is an overview, the tiles at background have no tokens but its own.
 
     Args:
         lod: [R, C], values of `Lod`.
         sides: tokens along a tile's edge for each LOD; a tile at side s has s*s tokens.
+        overview_tokens: vision tokens of the overview, 0 for none.
     """
     counts = np.bincount(np.asarray(lod, dtype=np.int64).ravel(), minlength=len(Lod))
-    return [
-        f"{level.name.lower()}: {_count(int(counts[level]), 'tile')} of {_count(sides[level] ** 2, 'token')}"
-        for level in reversed(Lod)
-    ]
+    tiles = {level: f"{level.name.lower()}: {_count(int(counts[level]), 'tile')}" for level in reversed(Lod)}
+    spent = {level: f"of {_count(sides[level] ** 2, 'token')}" for level in Lod}
+    if overview_tokens:
+        spent[Lod.BACKGROUND] = f"in an overview of {_count(overview_tokens, 'token')}"
+    return [f"{count} {spent[level]}" for level, count in tiles.items()]
 
 
 def total_line(tokens: int, full_tokens: int) -> str:

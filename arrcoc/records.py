@@ -23,7 +23,7 @@ class Lod(IntEnum):
 
 
 class Layout(StrEnum):
-    """How glimpse and tiles are laid out in the prompt (see `arrcoc.sequence`)."""
+    """How overview and tiles are laid out in the prompt (see `arrcoc.sequence`)."""
 
     REPLACE = "replace"
     REFINE = "refine"
@@ -79,6 +79,10 @@ class Grid:
         """Frame width in pixels."""
         return self.cols * self.tile
 
+    def shape_in_tokens(self, side: int, stride: int = 1) -> tuple[int, int]:
+        """Rows and columns of tokens of the whole frame at `side` tokens a tile, one for every `stride`."""
+        return -(-self.rows * side // stride), -(-self.cols * side // stride)
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -88,7 +92,8 @@ class Frame:
         pixels: uint8 [3, R*tile, C*tile], RGB.
         background: uint8 [3, R*t0, C*t0], the frame at LOD background (t0 = background side in pixels).
         grid: the tile grid.
-        hashes: int64 [R*C, 4], content hash of each tile's pixels (128 bits, 32 to a word), raster order.
+        hashes: int64 [R*C, 4], content hash of each tile's pixels (128 bits, 32 to a word), raster order;
+            [0, 4] where tiles are encoded with a halo, for they are told apart by more than their own pixels.
         source: height and width of the image after its EXIF orientation, in pixels.
         content: height and width of the part of the frame that shows the image; what lies below and
             to the right of it repeats the image's edge.
@@ -184,7 +189,8 @@ class Plan:
         tensions: as floats.
         sides: tokens along a tile's edge for each LOD.
         layout: how tokens are laid out.
-        glimpse: whether the glimpse's tokens are part of the sequence.
+        overview_stride: glimpse tokens along each axis to one token of the overview that is part of the
+            sequence: 1 is the glimpse itself, 0 no overview.
         tokens: vision tokens in all; never above `budget`.
         budget: the most tokens allowed.
         full_tokens: tokens of the whole frame at LOD high.
@@ -195,7 +201,7 @@ class Plan:
     tensions: Tensions
     sides: tuple[int, int, int, int]
     layout: Layout
-    glimpse: bool
+    overview_stride: int
     tokens: int
     budget: int
     full_tokens: int

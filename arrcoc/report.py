@@ -35,6 +35,8 @@ def encoding_facts(encoding: Encoding) -> dict[str, Any]:
         "share": encoding.share,
         "budget": encoding.budget,
         "layout": encoding.layout.value,
+        "overview_stride": encoding.overview_stride,
+        "overview_tokens": encoding.overview_tokens,
         "sides": list(encoding.sides),
         "source_size": list(encoding.source_size),
         "frame_size": list(encoding.frame_size),

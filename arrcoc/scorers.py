@@ -154,9 +154,10 @@ def _bits(bins: int) -> float:
 class TextureHead(nn.Module):
     """The learned participatory scorer: a small convolution over the texture, coupled to the question.
 
-    A cell's logit is (f . W e) / sqrt(width) + bias with f its features (two 3x3 convolutions with GELU and
-    a 1x1 convolution over the 13 channels) and e the question's embedding, layer-normalised, since the
-    length of token embeddings differs from model to model. A tile's logit is the highest of its cells'.
+    A cell's logit is (f . W e) / sqrt(width) + bias with f its features (3x3 convolutions of dilation 1, 2
+    and 4 with GELU and a 1x1 convolution over the 13 channels, so that a cell sees 15 cells along each
+    axis) and e the question's embedding, layer-normalised, since the length of token embeddings differs
+    from model to model. A tile's logit is the highest of its cells'.
 
     Args:
         query_dim: width D of the question's embedding.
@@ -175,7 +176,9 @@ class TextureHead(nn.Module):
         self.features = nn.Sequential(
             nn.Conv2d(len(Channel), width, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=2, dilation=2),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=4, dilation=4),
             nn.GELU(),
             nn.Conv2d(width, width, 1),
         )

@@ -34,10 +34,24 @@ def tile_positions(index: Tensor, cols: int, side: int, high: int) -> Tensor:
     return torch.stack((rows, columns)).flatten(2)
 
 
-def glimpse_positions(grid: Grid, side: int, high: int) -> Tensor:
-    """Frame positions fp32 [2, R*side * C*side] of the glimpse's tokens in raster order over the frame."""
-    rows = (torch.arange(grid.rows * side, dtype=torch.float32) + 0.5) * (high / side) - 0.5
-    cols = (torch.arange(grid.cols * side, dtype=torch.float32) + 0.5) * (high / side) - 0.5
+def glimpse_positions(grid: Grid, side: int, high: int, stride: int = 1) -> Tensor:
+    """Frame positions fp32 [2, m] of the tokens of a whole frame, in raster order over it.
+
+    With rows x cols = ceil(R*side/stride) x ceil(C*side/stride) tokens, token (i, j) stands at
+    h = (i + 1/2) * R*S/rows - 1/2 and w = (j + 1/2) * C*S/cols - 1/2.
+
+    Args:
+        grid: the tile grid.
+        side: tokens along a tile's edge.
+        high: S, the side of LOD high.
+        stride: 1 for the glimpse, above 1 for a coarser overview.
+    """
+    shape = grid.shape_in_tokens(side, stride)
+    edges = (grid.rows * high, grid.cols * high)
+    rows, cols = (
+        (torch.arange(count, dtype=torch.float32) + 0.5) * (edge / count) - 0.5
+        for count, edge in zip(shape, edges, strict=True)
+    )
     return torch.stack(torch.meshgrid(rows, cols, indexing="ij")).flatten(1)
 
 
@@ -54,17 +68,22 @@ def replace(grid: Grid, plan: Plan, tiles: Sequence[Tiles], order: Order) -> Vis
     return _one_segment(tokens, deepstack, where, grid, plan)
 
 
-def refine(grid: Grid, plan: Plan, glimpse: Features, tiles: Sequence[Tiles], order: Order) -> VisionSequence:
-    """The glimpse first, then the refined tiles, all in one frame.
+def refine(
+    grid: Grid, plan: Plan, overview: Features, tiles: Sequence[Tiles], order: Order
+) -> VisionSequence:
+    """The overview first, then the refined tiles, all in one frame.
 
-    The glimpse comes first so that its keys and values are the same for every question on the image.
+    The overview comes first so that its keys and values are the same for every question on the image.
 
     Args:
-        glimpse: K = 1, m = R*C*s0**2 tokens in raster order over the frame.
+        grid: the tile grid.
+        plan: its sides and its overview's stride count.
+        overview: K = 1, m = ceil(R*s0/stride) * ceil(C*s0/stride) tokens in raster order over the frame.
         tiles: those above LOD background.
+        order: of the refined tiles' tokens, as for `replace`.
     """
-    where = glimpse_positions(grid, plan.sides[0], plan.sides[3])
-    tokens, deepstack = glimpse.tokens[0], glimpse.deepstack[:, 0]
+    where = glimpse_positions(grid, plan.sides[0], plan.sides[3], plan.overview_stride)
+    tokens, deepstack = overview.tokens[0], overview.deepstack[:, 0]
     if tiles:
         more_tokens, more_deepstack, more_where = _flatten(tiles, grid.cols, plan.sides[3], order)
         tokens = torch.cat((tokens, more_tokens))
@@ -73,14 +92,14 @@ def refine(grid: Grid, plan: Plan, glimpse: Features, tiles: Sequence[Tiles], or
     return _one_segment(tokens, deepstack, where, grid, plan)
 
 
-def crops(grid: Grid, plan: Plan, glimpse: Features, tiles: Sequence[Tiles]) -> VisionSequence:
-    """The glimpse, then every refined tile as an image of its own with a caption of where it lies.
+def crops(grid: Grid, plan: Plan, overview: Features, tiles: Sequence[Tiles]) -> VisionSequence:
+    """The overview, then every refined tile as an image of its own with a caption of where it lies.
 
     Positions inside a crop count its own tokens from 0, as pretrained models saw zoomed crops.
     """
-    where = [glimpse_positions(grid, plan.sides[0], plan.sides[3])]
-    tokens, deepstack = [glimpse.tokens[0]], [glimpse.deepstack[:, 0]]
-    count = glimpse.tokens.shape[1]
+    where = [glimpse_positions(grid, plan.sides[0], plan.sides[3], plan.overview_stride)]
+    tokens, deepstack = [overview.tokens[0]], [overview.deepstack[:, 0]]
+    count = overview.tokens.shape[1]
     segments = [Segment(0, count, extent(grid, plan.sides[3]), "")]
     for tile, part, row in _in_raster_order(tiles):
         side = part.side
@@ -94,17 +113,17 @@ def crops(grid: Grid, plan: Plan, glimpse: Features, tiles: Sequence[Tiles]) -> 
 
 
 def assemble(
-    grid: Grid, plan: Plan, glimpse: Features | None, tiles: Sequence[Tiles], order: Order
+    grid: Grid, plan: Plan, overview: Features | None, tiles: Sequence[Tiles], order: Order
 ) -> VisionSequence:
     """Lay out one image as its plan says; the result has exactly `plan.tokens` tokens."""
-    if not plan.glimpse:
+    if not plan.overview_stride:
         sequence = replace(grid, plan, tiles, order)
     else:
-        assert glimpse is not None, "this plan keeps the glimpse"
+        assert overview is not None, "this plan keeps an overview"
         if plan.layout is Layout.CROPS:
-            sequence = crops(grid, plan, glimpse, tiles)
+            sequence = crops(grid, plan, overview, tiles)
         else:
-            sequence = refine(grid, plan, glimpse, tiles, order)
+            sequence = refine(grid, plan, overview, tiles, order)
     assert sequence.tokens.shape[0] == plan.tokens, (sequence.tokens.shape[0], plan.tokens)
     return sequence
 

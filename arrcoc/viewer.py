@@ -57,14 +57,14 @@ class Viewer:
         """Args: the checkpoint; which configuration serves which image; the tile cache; the texture head."""
         self._qwen, self._presets, self._cache, self._head = qwen, presets, cache, head
         # All engines are made here, so that no request pays for them or for the weights' fingerprint.
-        self._lod_engines: dict[tuple[int, tuple[int, ...]], LodEngine] = {}
+        self._lod_engines: dict[tuple[int, tuple[int, ...], int], LodEngine] = {}
         self._pipelines = {config: self._make_pipeline(config) for config in presets.by_name.values()}
 
     def backends(self) -> dict[str, str]:
         """Backend of the LOD engine of each side."""
         return {
             str(side): engine.backend
-            for (side, _), engine in sorted(self._lod_engines.items(), key=lambda item: item[0])
+            for (side, *_), engine in sorted(self._lod_engines.items(), key=lambda item: item[0])
         }
 
     def see(self, conversation: Conversation, budget: Budget, timer: StageTimer) -> list[Seen]:
@@ -128,13 +128,14 @@ class Viewer:
         return self._pipelines[self._presets.choose(*pixels.shape[1:])]
 
     def _make_pipeline(self, config: Config) -> Pipeline:
-        engines = {lod: self._lod_engine(config.sides[lod], config.buckets) for lod in Lod}
+        engines = {lod: self._lod_engine(config.sides[lod], config.buckets, config.halo) for lod in Lod}
         return Pipeline(self._qwen, config, engines, self._cache, self._head)
 
-    def _lod_engine(self, side: int, buckets: tuple[int, ...]) -> LodEngine:
-        if (side, buckets) not in self._lod_engines:
-            self._lod_engines[side, buckets] = TorchLodEngine(self._qwen, side, buckets)
-        return self._lod_engines[side, buckets]
+    def _lod_engine(self, side: int, buckets: tuple[int, ...], halo: int) -> LodEngine:
+        key = side, buckets, halo
+        if key not in self._lod_engines:
+            self._lod_engines[key] = TorchLodEngine(self._qwen, side, buckets, halo)
+        return self._lod_engines[key]
 
 
 def _within(encoding: Encoding, budget: Budget) -> Encoding:
@@ -143,7 +144,8 @@ def _within(encoding: Encoding, budget: Budget) -> Encoding:
         return encoding
     config = configs.build({"sides": encoding.sides, "layout": Layout.REPLACE})
     rows, cols = encoding.lod.shape
-    allowed = allocation.resolve_budget(budget, Grid(rows, cols, 1), config)
+    least = encoding.overview_tokens or None
+    allowed = allocation.resolve_budget(budget, Grid(rows, cols, 1), config, least)
     if encoding.n_tokens > allowed:
         given = f"an encoding of {encoding.n_tokens:,} tokens with budget {budget!r}"
         raise BudgetError(given, f"at most {allowed:,} tokens", "Encode the image again within this budget")

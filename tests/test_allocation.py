@@ -1,7 +1,8 @@
 """Allocation: budgets, accounting, the greedy choice against exact dynamic programming, and its order.
 
 Sides 1 2 3 4 and exponent 1 give utilities 1/4 2/4 3/4 1. In `refine` a tile costs 0 4 9 16 tokens, in steps
-of 4 5 7, and the glimpse costs 1 a tile; in `replace` a tile costs 1 4 9 16, in steps of 3 5 7.
+of 4 5 7, and the glimpse costs 1 a tile; in `replace` a tile costs 1 4 9 16, in steps of 3 5 7. The overview
+is the glimpse (stride 1) unless a test says otherwise.
 """
 
 import math
@@ -16,17 +17,26 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from arrcoc.allocation import choose_lods, full_tokens, least_tokens, plan, resolve_budget
+from arrcoc.allocation import (
+    choose_lods,
+    full_tokens,
+    least_tokens,
+    overview_stride,
+    overview_tokens,
+    plan,
+    resolve_budget,
+)
 from arrcoc.config import Config, build
 from arrcoc.errors import BudgetError, ConfigError
 from arrcoc.records import Grid, Layout, Plan, Relevance, Tensions
 
 TENSIONS = Tensions(torch.tensor(0.5), torch.tensor(-0.25), torch.tensor(0.125))
+STRIDES: tuple[int | str, ...] = (1, 1, 2, 3, 4, 8, "auto", "auto")
 fp32 = st.floats(0, 1, width=32)
 
 
 def config(layout: str = "refine", **fields: Any) -> Config:
-    return build({"sides": (1, 2, 3, 4), "layout": layout} | fields)
+    return build({"sides": (1, 2, 3, 4), "layout": layout, "overview_stride": 1} | fields)
 
 
 def planned(relevance: Sequence[Sequence[float]], settings: Config, budget: int) -> Plan:
@@ -42,9 +52,12 @@ def utility(relevance: Sequence[float], chosen: Sequence[int], settings: Config)
     return math.fsum(r * settings.utilities[lod] for r, lod in zip(relevance, chosen, strict=True))
 
 
-def counted(chosen: Sequence[int], settings: Config, glimpse: bool) -> int:
-    """Tokens by definition: the glimpse has a background side for each tile; a refined tile has its own."""
-    total = len(chosen) * settings.sides[0] ** 2 if glimpse else 0
+def counted(chosen: Sequence[int], settings: Config, stride: int) -> int:
+    """Tokens by definition, for tiles in one row: the overview has one for every `stride` of a background
+    side, in both directions; a refined tile has its own."""
+    side, total = settings.sides[0], 0
+    if stride:
+        total = len(range(0, side, stride)) * len(range(0, len(chosen) * side, stride))
     for lod in chosen:
         if lod > 0 or settings.layout is Layout.REPLACE:
             total += settings.sides[lod] ** 2
@@ -65,7 +78,7 @@ def best_utility(relevance: Sequence[float], ceilings: Sequence[int], settings: 
 
 
 @st.composite
-def configs(draw: st.DrawFn, limited: bool = True) -> Config:
+def configs(draw: st.DrawFn, limited: bool = True, strides: Sequence[int | str] = STRIDES) -> Config:
     steps = [draw(st.integers(1, most)) for most in (5, 4, 3, 3)]
     fields: dict[str, Any] = {
         "sides": tuple(np.cumsum(steps).tolist()),
@@ -73,6 +86,8 @@ def configs(draw: st.DrawFn, limited: bool = True) -> Config:
         "utility_exponent": draw(st.sampled_from([0.5, 1.0, 1.5])),
         "min_lod": draw(st.sampled_from([0, 0, 0, 1, 2, 3])),
         "mode": draw(st.sampled_from(["budget", "threshold"])),
+        "overview_stride": draw(st.sampled_from(strides)),
+        "overview_share": draw(st.sampled_from([0.25, 0.5, 1.0])),
     }
     fields["max_lod"] = draw(st.integers(fields["min_lod"], 3))
     if limited:
@@ -86,8 +101,8 @@ def configs(draw: st.DrawFn, limited: bool = True) -> Config:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[list[float], Config, int]:
-    settings = draw(configs())
+def problems(draw: st.DrawFn, strides: Sequence[int | str] = STRIDES) -> tuple[list[float], Config, int]:
+    settings = draw(configs(strides=strides))
     relevance = draw(st.lists(fp32, min_size=1, max_size=8))
     grid = Grid(1, len(relevance), 32)
     least, full = least_tokens(grid, settings), full_tokens(grid, settings)
@@ -101,13 +116,13 @@ def test_never_over_budget_exact_count_and_bounds(problem: tuple[list[float], Co
     relevance, settings, budget = problem
     result = planned([relevance], settings, budget)
     chosen = [int(lod) for lod in result.lod[0].tolist()]
-    assert result.tokens == counted(chosen, settings, result.glimpse) <= budget == result.budget
+    assert result.tokens == counted(chosen, settings, result.overview_stride) <= budget == result.budget
     assert all(settings.min_lod <= lod <= settings.max_lod for lod in chosen)
     if settings.min_lod < 3:
         for lod, limit in enumerate(settings.lod_limits, start=1):
             if lod > settings.min_lod and limit is not None:
                 assert sum(c >= lod for c in chosen) <= limit
-    if result.glimpse:
+    if result.overview_stride:
         assert settings.layout is not Layout.REPLACE
     elif settings.layout is not Layout.REPLACE:
         assert chosen == [3] * len(chosen)
@@ -177,9 +192,14 @@ def test_raising_a_tiles_relevance_never_lowers_its_lod(
 @given(problems(), st.integers(1, 40))
 def test_more_budget_never_gives_less_utility(problem: tuple[list[float], Config, int], more: int) -> None:
     """The two runs part at a step X that only the larger budget can pay. What the smaller one buys after
-    that costs less than X and gains less per token, so less than X alone gains."""
+    that costs less than X and gains less per token, so less than X alone gains. Where `auto` takes a finer
+    overview with the larger budget, that is what the tokens went to."""
     relevance, settings, budget = problem
-    larger = min(budget + more, full_tokens(Grid(1, len(relevance), 32), settings))
+    grid = Grid(1, len(relevance), 32)
+    larger = min(budget + more, full_tokens(grid, settings))
+    coarse, fine = (overview_stride(grid, settings, b) for b in (budget, larger))
+    assert fine <= coarse
+    assume(fine in (coarse, 0))
     before, after = lods(relevance, settings, budget), lods(relevance, settings, larger)
     assert utility(relevance, after, settings) >= utility(relevance, before, settings) - 1e-9
 
@@ -228,7 +248,7 @@ def test_by_hand(
     result = planned([relevance], config(**fields), budget)
     assert result.lod[0].tolist() == expected
     assert result.tokens == tokens
-    assert result.glimpse is (result.layout is not Layout.REPLACE)
+    assert result.overview_stride == (result.layout is not Layout.REPLACE)
 
 
 @pytest.mark.parametrize("layout", list(Layout))
@@ -236,7 +256,7 @@ def test_by_hand(
 def test_full_budget_is_the_stock_image(layout: str, relevance: list[float]) -> None:
     result = planned([relevance], config(layout), 32)
     assert result.lod.tolist() == [[3, 3]]
-    assert (result.tokens, result.full_tokens, result.glimpse) == (32, 32, False)
+    assert (result.tokens, result.full_tokens, result.overview_stride) == (32, 32, 0)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +272,7 @@ def test_glimpse_stays_where_not_all_may_be_high(
     fields: dict[str, Any], relevance: list[float], expected: list[int] | None
 ) -> None:
     result = planned([relevance], config(**fields), 32 if expected else 31)
-    assert result.glimpse
+    assert result.overview_stride == 1
     assert result.lod[0].tolist() == (expected or [3, 2])  # 2 + 16 + 9 = 27; the last 7 do not fit into 4
 
 
@@ -260,7 +280,7 @@ def test_min_lod_high_needs_no_glimpse() -> None:
     settings = config(min_lod=3, lod_limits=(0, 0, 0), mode="threshold")
     assert resolve_budget(1.0, Grid(1, 2, 128), settings) == 32
     result = planned([[0.0, 0.0]], settings, 32)
-    assert (result.tokens, result.glimpse) == (32, False)
+    assert (result.tokens, result.overview_stride) == (32, 0)
 
 
 def test_plan_record() -> None:
@@ -286,6 +306,76 @@ def test_plan_is_deterministic() -> None:
     assert torch.equal(first.lod, second.lod)
 
 
+@pytest.mark.parametrize(
+    ("rows", "cols", "side", "stride", "tokens"),
+    [
+        (3, 5, 1, 1, 15),
+        (3, 5, 1, 2, 2 * 3),  # 1.5 and 2.5, rounded up
+        (3, 5, 2, 4, 2 * 3),  # 6 / 4 and 10 / 4
+        (3, 5, 2, 8, 1 * 2),
+        (3, 5, 1, 8, 1),
+        (3, 5, 1, 0, 0),
+    ],
+)
+def test_overview_tokens(rows: int, cols: int, side: int, stride: int, tokens: int) -> None:
+    settings = config("replace", sides=(side, 3, 4, 5))
+    assert overview_tokens(Grid(rows, cols, 160), settings, stride) == tokens
+
+
+# 8 x 8 tiles of side 1: overviews of 64, 16, 9 (8/3 rounded up is 3) and 4 tokens at strides 1 to 4.
+AUTO: list[tuple[dict[str, Any], int, int]] = [
+    ({}, 128, 1),  # 64 are half of 128
+    ({}, 127, 2),
+    ({}, 32, 2),
+    ({}, 31, 3),
+    ({}, 18, 3),
+    ({}, 17, 4),
+    ({}, 4, 4),  # even 4 are more than half: the coarsest all the same
+    ({"overview_share": 1.0}, 64, 1),
+    ({"overview_share": 0.25}, 64, 2),
+    ({"overview_share": 0.25}, 63, 3),
+    # Tiles at low take 256. Of 300 that leaves 44, so no 64, though 64 are less than half.
+    ({"min_lod": 1}, 320, 1),
+    ({"min_lod": 1}, 300, 2),
+    ({"min_lod": 1}, 260, 4),
+    ({"overview_stride": 3}, 1000, 3),
+    ({"overview_stride": 1}, 64, 1),
+    # At stride 8 one token is left, as at no other stride; 5 and 6 both leave 2 x 2, as does 4.
+    ({"overview_stride": 8}, 64, 8),
+    ({"overview_stride": 6}, 64, 4),
+    ({"layout": "replace"}, 64, 0),
+    ({}, 1024, 0),
+    ({"max_lod": 2}, 1024, 1),
+]
+
+
+@pytest.mark.parametrize(("fields", "budget", "stride"), AUTO)
+def test_the_overviews_stride(fields: dict[str, Any], budget: int, stride: int) -> None:
+    settings, grid = config(**({"overview_stride": "auto"} | fields)), Grid(8, 8, 128)
+    assert overview_stride(grid, settings, budget) == stride
+    made = plan(Relevance(torch.full((8, 8), 0.5), TENSIONS), grid, settings, budget)
+    assert made.overview_stride == stride
+    assert made.tokens <= budget
+
+
+def test_a_coarser_overview_leaves_more_for_the_tiles() -> None:
+    """Sixteen tiles of side 1 and a budget of 16, the glimpse's size: at stride 1 nothing is refined. At
+    stride 2 the overview takes 4, and 4 + 5 raise the only relevant tile to medium (7 more do not fit)."""
+    relevance = torch.zeros(4, 4)
+    relevance[1, 2] = 1
+    for stride, lod, tokens in ((1, 0, 16), (2, 2, 4 + 9), (4, 2, 1 + 9), ("auto", 2, 4 + 9)):
+        made = plan(Relevance(relevance, TENSIONS), Grid(4, 4, 128), config(overview_stride=stride), 16)
+        assert (int(made.lod[1, 2]), made.tokens) == (lod, tokens), stride
+
+
+def test_in_threshold_mode_all_high_has_no_overview() -> None:
+    settings = config(mode="threshold", overview_stride="auto")
+    grid = Grid(1, 2, 128)
+    assert overview_stride(grid, settings, 32) == 1, "relevance decides, and is not known yet"
+    assert planned([[1.0, 1.0]], settings, 32).overview_stride == 0
+    assert planned([[1.0, 0.6]], settings, 32).overview_stride == 1
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_relevance_is_a_broken_invariant(bad: float) -> None:
     with pytest.raises(AssertionError, match="not finite"):
@@ -300,13 +390,14 @@ def test_map_must_match_the_grid() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["tensors", "floats"])
-def test_one_synchronisation_on_cuda(kind: str) -> None:
+@pytest.mark.parametrize("stride", [1, 3, "auto"])
+def test_one_synchronisation_on_cuda(kind: str, stride: int | str) -> None:
     half = torch.tensor(0.5, device="cuda") if kind == "tensors" else 0.5
     relevance = Relevance(torch.rand(4, 4, device="cuda"), Tensions(half, half, half))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        result = plan(relevance, Grid(4, 4, 128), config(), 100)
+        result = plan(relevance, Grid(4, 4, 128), config(overview_stride=stride), 100)
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in caught if "called a synchronizing" in str(w.message)]) == 1
     assert torch.equal(result.relevance, relevance.map.cpu())
@@ -376,7 +467,7 @@ def test_one_token_is_enough_for_one_tile_of_one_token() -> None:
         ("refine", 0, 1),
         ("refine", 1, 1 + 4),
         ("crops", 2, 1 + 9),
-        ("refine", 3, 16),  # all high needs no glimpse
+        ("refine", 3, 16),  # all high needs no overview
     ],
 )
 def test_least_tokens_of_a_tile(layout: str, min_lod: int, least: int) -> None:
@@ -386,6 +477,35 @@ def test_least_tokens_of_a_tile(layout: str, min_lod: int, least: int) -> None:
     assert planned([[0.0] * 2] * 3, settings, 6 * least).tokens == 6 * least
     with pytest.raises(BudgetError):
         resolve_budget(6 * least - 1, grid, settings)
+
+
+@pytest.mark.parametrize(
+    ("stride", "min_lod", "least"),
+    # 3 x 2 tiles: overviews of 6, 2 * 1, 1, 1 tokens; tiles at low take 24, at high 96.
+    [
+        (1, 0, 6),
+        (2, 0, 2),
+        (3, 0, 1),
+        (8, 0, 1),
+        ("auto", 0, 1),
+        ("auto", 1, 25),
+        (2, 1, 26),
+        ("auto", 3, 96),
+    ],
+)
+def test_least_tokens_with_an_overview(stride: int | str, min_lod: int, least: int) -> None:
+    settings, grid = config(overview_stride=stride, min_lod=min_lod), Grid(3, 2, 128)
+    assert least_tokens(grid, settings) == resolve_budget(least, grid, settings) == least
+    assert planned([[0.0] * 2] * 3, settings, least).tokens == least
+    with pytest.raises(BudgetError, match=f"{least} to 96 tokens"):
+        resolve_budget(least - 1, grid, settings)
+
+
+def test_the_least_may_be_named() -> None:
+    settings, grid = config(), Grid(4, 4, 128)
+    assert resolve_budget(4, grid, settings, least=4) == 4
+    with pytest.raises(BudgetError, match="4 to 256 tokens"):
+        resolve_budget(3, grid, settings, least=4)
 
 
 def test_floor_above_full_resolution() -> None:

@@ -147,7 +147,9 @@ def test_shares_add_up(tables: ModuleType, result: dict[str, Any]) -> None:
     assert sum(int(part) for part in re.findall(r"(\d+)%", row)) == pytest.approx(100, abs=4)  # 8 roundings
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/decisions.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/architecture.md", "docs/decisions.md", "docs/relevance.md"]
+)
 def test_tables_on_pages_are_what_the_results_say(tables: ModuleType, name: str) -> None:
     page = (ROOT / name).read_text(encoding="utf-8")
     assert tables.regenerated(page) == page, "run: python benchmarks/tables.py"

@@ -103,6 +103,28 @@ def test_costs_and_utilities() -> None:
     assert replace.step_costs == (12, 20, 28)
 
 
+@pytest.mark.parametrize("stride", [1, 8, "auto"])
+def test_strides_of_the_overview(stride: int | str) -> None:
+    assert config.build({"overview_stride": stride}).overview_stride == stride
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *({"overview_stride": value} for value in (0, 9, "each", 1.5, None)),
+        *({"halo": value} for value in (-1, 5, 0.5)),
+        *({"overview_share": value} for value in (0, 1.1, "half")),
+    ],
+)
+def test_overviews_and_halos_that_are_refused(field: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config.build(field)
+    ((name, value),) = field.items()
+    assert raised.value.given == f"{name} = {value!r}"
+    if name == "overview_stride" and isinstance(value, int):
+        assert raised.value.allowed.endswith("or 'auto'")
+
+
 def test_overrides_replace_fields_and_are_checked() -> None:
     base = config.load("demo")
     changed = base.updated({"budget": 64, "layout": "crops"})

@@ -14,7 +14,14 @@ import arrcoc
 from arrcoc import config as configs
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CHANGELOG.md", "docs/architecture.md", "docs/decisions.md", "engines/README.md")
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "docs/architecture.md",
+    "docs/decisions.md",
+    "docs/relevance.md",
+    "engines/README.md",
+)
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 
 

@@ -20,11 +20,12 @@ class CountingEngine:
 
     backend = "test"
 
-    def __init__(self, side: int, fingerprint: str = "a") -> None:
-        self.side, self.fingerprint, self.encoded = side, f"{fingerprint}{side}", 0
+    def __init__(self, side: int, fingerprint: str = "a", halo: int = 0) -> None:
+        self.side, self.halo, self.fingerprint, self.encoded = side, halo, f"{fingerprint}{side}", 0
 
     def encode(self, pixels):
-        assert pixels.shape[1:] == (3, self.side * 32, self.side * 32)
+        edge = (self.side + 2 * self.halo) * 32
+        assert pixels.shape[1:] == (3, edge, edge)
         self.encoded += len(pixels)
         mean = pixels.float().mean(dim=(1, 2, 3))
         tokens = mean[:, None, None].expand(-1, self.side**2, 2)
@@ -44,9 +45,9 @@ def frame():
     return image.frame(pixels, CONFIG, 32, CPU)
 
 
-def make(engines, cache_bytes=1 << 20) -> tuple[TileEncoder, TileCache]:
-    cache = TileCache(cache_bytes, 100.0, "device")
-    return TileEncoder(engines, cache, image.tile_pixels, 32), cache
+def make(engines, cache_bytes=1 << 20, cache=None) -> tuple[TileEncoder, TileCache]:
+    cache = cache or TileCache(cache_bytes, 100.0, "device")
+    return TileEncoder(engines, cache, image.tile_pixels, image.hash_tiles, 32), cache
 
 
 RELEVANCE = torch.full((2, 3), 0.5)
@@ -101,7 +102,7 @@ def test_a_hit_may_come_from_another_place_but_not_another_lod_or_engine(engines
     encoder.encode(frame, {Lod.LOW: torch.tensor([0])}, RELEVANCE)
     assert engines[Lod.LOW].encoded == 1
     other = {lod: CountingEngine(CONFIG.sides[lod], "b") for lod in Lod}
-    TileEncoder(other, cache, image.tile_pixels, 32).encode(frame, {Lod.HIGH: torch.tensor([0])}, RELEVANCE)
+    make(other, cache=cache)[0].encode(frame, {Lod.HIGH: torch.tensor([0])}, RELEVANCE)
     assert other[Lod.HIGH].encoded == 1
 
 
@@ -128,6 +129,93 @@ def test_relevance_decides_what_stays(engines, frame):
     assert cache.evict_low_relevance(0.5) == 1
     encoder.encode(frame, {Lod.HIGH: torch.tensor([1, 2])}, relevance)
     assert engines[Lod.HIGH].encoded == 3
+
+
+# Halos.
+
+
+def halo_run(halo: int, lod: Lod, tiles: list[int], pictures) -> tuple[CountingEngine, list[torch.Tensor]]:
+    """Encode tiles of pictures of 2 x 3 tiles one after another through one cache."""
+    engines = {each: CountingEngine(CONFIG.sides[each], halo=halo) for each in Lod}
+    encoder, _ = make(engines)
+    config = CONFIG.updated({"halo": halo})
+    means = []
+    for pixels in pictures:
+        frame = image.frame(pixels, config, 32, CPU)
+        (made,) = encoder.encode(frame, {lod: torch.tensor(tiles)}, RELEVANCE)
+        means.append(made.features.tokens[:, 0, 0])
+    return engines[lod], means
+
+
+# A token of margin is 32 px at LOD high and 64 px at LOD low (sides 4 and 2); at background (side 1) it is
+# 128 px, a whole tile, and two are two tiles. Tile 0 spans rows and columns 0 to 127 of 256 x 384.
+REACH = [
+    (1, Lod.HIGH, 32),
+    (2, Lod.HIGH, 64),
+    (1, Lod.LOW, 64),
+    (1, Lod.BACKGROUND, 128),
+    (2, Lod.BACKGROUND, 256),
+    # Side 3: 32 px of the level are 42 and two thirds: part of the 43rd pixel counts.
+    (1, Lod.MEDIUM, 43),
+]
+
+
+@pytest.mark.parametrize(("halo", "lod", "reach"), REACH)
+@pytest.mark.parametrize("corner", [False, True])
+def test_a_pixel_in_the_halo_is_part_of_the_key_and_one_beyond_is_not(halo, lod, reach, corner):
+    pixels = torch.randint(0, 200, (3, 256, 384), dtype=torch.uint8)
+    column = 128 + reach - 1
+    row = 127 + min(reach, 128) if corner else 5
+
+    def changed(at: int) -> torch.Tensor:
+        other = pixels.clone()
+        # A block as large as a pixel of the level, so that its mean moves; it begins at the column given.
+        other[:, row - 3 : row + 1, at : at + 4] = 255
+        return other
+
+    inside = pixels.clone()
+    inside[:, row - 3 : row + 1, column - 3 : column + 1] = 255
+    engine, _ = halo_run(halo, lod, [0], [pixels, inside])
+    assert engine.encoded == 2
+    if column + 1 < 384:
+        engine, means = halo_run(halo, lod, [0], [pixels, changed(column + 1)])
+        assert engine.encoded == 1
+        assert torch.equal(*means)
+
+
+def test_equal_tiles_with_equal_surroundings_are_encoded_once(frame):
+    """With a halo tile 5 of `frame` is no longer as tile 0; all tiles of a plain frame are alike."""
+    engine, means = halo_run(1, Lod.HIGH, [0, 5], [frame.pixels])
+    assert engine.encoded == 2
+    engine, _ = halo_run(1, Lod.HIGH, [0, 1, 4, 5], [torch.full((3, 256, 384), 9, dtype=torch.uint8)])
+    assert engine.encoded == 1
+    # Tile 0 is 0 over 4 x 4 tokens; its margin repeats it on the left and above, and is 10 on the right,
+    # 30 below and 40 in the corner: (4*10 + 4*30 + 40 + 1*10 + 1*30) / 36, the last two from the corners
+    # above right and below left.
+    assert means[0][0] == pytest.approx((4 * 10 + 4 * 30 + 40 + 10 + 30) / 36)
+
+
+def test_several_lods_with_a_halo_come_back_in_order(frame):
+    engines = {lod: CountingEngine(CONFIG.sides[lod], halo=1) for lod in Lod}
+    encoder, cache = make(engines)
+    made = image.frame(frame.pixels, CONFIG.updated({"halo": 1}), 32, CPU)
+    wanted = {Lod.LOW: torch.tensor([2]), Lod.MEDIUM: torch.tensor([]), Lod.HIGH: torch.tensor([0, 1, 5])}
+    first = encoder.encode(made, wanted, RELEVANCE)
+    again = encoder.encode(made, wanted, RELEVANCE)
+    assert [(t.lod, t.index.tolist()) for t in first] == [(Lod.LOW, [2]), (Lod.HIGH, [0, 1, 5])]
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.features.tokens, other.features.tokens)
+    assert (cache.stats().misses, cache.stats().hits) == (4, 4)
+    assert encoder.encode(made, {Lod.LOW: torch.tensor([])}, RELEVANCE) == []
+
+
+def test_frames_and_engines_of_different_halos_do_not_mix(engines, frame):
+    made = image.frame(frame.pixels, CONFIG.updated({"halo": 1}), 32, CPU)
+    with pytest.raises(AssertionError, match="halo"):
+        make(engines)[0].encode(made, {Lod.LOW: torch.tensor([2])}, RELEVANCE)
+    engines[Lod.HIGH].halo = 1
+    with pytest.raises(ValueError, match="too many values"):
+        make(engines)
 
 
 def test_a_second_question_on_an_image_shows_hits_and_the_same_features(tiny_checkpoint, photo):

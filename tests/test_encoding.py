@@ -34,6 +34,7 @@ def example(dtype: torch.dtype = torch.float32) -> Encoding:
         tensions=Tensions(0.1, -0.25, 1 / 3),
         sides=(1, 2, 3, 4),
         layout=Layout.CROPS,
+        overview_stride=1,
         question='Wo?\n"\u20ac\U0001f600\x00',
         budget=40,
         full_tokens=96,
@@ -166,6 +167,9 @@ def _rewritten(path: Path, monkeypatch: pytest.MonkeyPatch, **facts: object) -> 
         {"segments": [{"begin": 0}]},
         {"segments": 5},
         {"sides": [1, 2, 3]},
+        {"overview_stride": -1},
+        {"overview_stride": "one"},
+        {"overview_stride": 1, "sides": [2, 3, 4, 5]},  # 24 tokens of overview, 7 in all
         {"layout": "spiral"},
         {"tensions": [0.0]},
         {"tensions": ["x", 0, 0]},
@@ -179,6 +183,30 @@ def test_records_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(EncodingError):
         Encoding.load(_rewritten(tmp_path / "e.safetensors", monkeypatch, **facts))
+
+
+@pytest.mark.parametrize(
+    ("stride", "tokens"),
+    # 2 x 3 tiles of side 1: 2 x 3 tokens, 1 x 2, 1 x 1.
+    [(0, 0), (1, 6), (2, 2), (3, 1), (8, 1)],
+)
+def test_tokens_of_the_overview(stride: int, tokens: int) -> None:
+    assert dataclasses.replace(example(), overview_stride=stride).overview_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("layout", "lod", "stride"),
+    [("crops", 1, 1), ("refine", 2, 1), ("replace", 1, 0), ("refine", 3, 0)],
+)
+def test_files_from_before_there_were_overviews(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, lod: int, stride: int
+) -> None:
+    made = dataclasses.replace(example(), layout=Layout(layout), lod=torch.full((2, 3), lod))
+    facts = made._facts()
+    del facts["overview_stride"]
+    monkeypatch.setattr(Encoding, "_facts", lambda self: facts)
+    made.save(tmp_path / "e.safetensors")
+    assert Encoding.load(tmp_path / "e.safetensors").overview_stride == stride
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -383,7 +383,7 @@ def test_text_only_chat(engine: Engine) -> None:
 def test_system_message_and_history_reach_the_model(engine: Engine, picture: Image.Image) -> None:
     turns = [user(picture, OTHER), {"role": "assistant", "content": "Red."}, user(QUESTION)]
     plain = engine.chat(turns)
-    told = engine.chat([{"role": "system", "content": "Answer in rhymes."}, *turns])
+    told = engine.chat([{"role": "system", "content": "Answer in rhymes, and say which of the pictures you mean."}, *turns])
     assert told.prompt_tokens > plain.prompt_tokens > engine.ask(picture, QUESTION).prompt_tokens
     assert told.text != plain.text
     assert plain.encodings[0].question == QUESTION

@@ -33,7 +33,7 @@ NAMES = ("arrcoc", "downscale")
 
 @pytest.fixture(scope="module")
 def lab(tiny_checkpoint: Path) -> Lab:
-    return Lab.open(tiny_checkpoint, "demo", "cpu", "float32", 3, 0)
+    return Lab.open(tiny_checkpoint, "demo", "cpu", "float32", 3, 0, layout="replace")
 
 
 def cases(count: int = 2) -> Any:
@@ -209,7 +209,7 @@ def test_the_command_writes_its_report(tiny_checkpoint: Path, tmp_path: Path) ->
     arguments = [
         *("eval", "--dataset", str(data), "--methods", "arrcoc,random,saliency,visionzip"),
         *("--budgets", "4,25%,1.0", "--model", str(tiny_checkpoint), "--out", str(out), "--limit", "1"),
-        *("--max-new-tokens", "2", "--device", "cpu"),
+        *("--max-new-tokens", "2", "--device", "cpu", "--layout", "replace"),
     ]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output

@@ -124,3 +124,14 @@ def test_unknown_and_repeated_methods() -> None:
     for names in (["clip"], [], ["fastv", "fastv"]):
         with pytest.raises(ConfigError):
             check_methods(names, cases)
+
+
+def test_families_of_placards_can_be_chosen() -> None:
+    chosen = datasets.load("placards", 512, 6, 0, ["count", "where"])
+    assert {chosen[index].family for index in range(6)} == {"count", "where"}
+    everything = datasets.load("placards", 512, 6, 0)
+    assert chosen.identity == everything.identity | {"families": ["count", "where"]}
+    with pytest.raises(ConfigError, match="families"):
+        datasets.load("placards", 512, 6, 0, ["riddle"])
+    with pytest.raises(ConfigError, match="of placards alone"):
+        datasets.load("some.jsonl", 512, 6, 0, ["count"])

@@ -33,6 +33,11 @@ def lab(tiny_checkpoint: Path) -> Lab:
 
 
 @pytest.fixture(scope="module")
+def replacing(tiny_checkpoint: Path) -> Lab:
+    return Lab.open(tiny_checkpoint, "demo", "cpu", "float32", 6, 3, layout="replace")
+
+
+@pytest.fixture(scope="module")
 def picture(photo: Image.Image) -> Picture:
     return pictured(photo)
 
@@ -128,9 +133,11 @@ def test_pruners_keep_exactly_the_budget(lab: Lab, picture: Picture, name: str, 
 
 
 @pytest.mark.parametrize("name", ["arrcoc", "random", "saliency", "oracle"])
-def test_below_the_glimpse_is_not_possible(lab: Lab, picture: Picture, name: str) -> None:
+def test_below_the_least_is_not_possible(replacing: Lab, picture: Picture, name: str) -> None:
+    # 16 tiles of at least one token each.
+    assert METHODS[name](replacing, picture, 16).tokens == 16
     with pytest.raises(BudgetError):
-        METHODS[name](lab, picture, 15)
+        METHODS[name](replacing, picture, 15)
 
 
 def plans(lab: Lab, picture: Picture, name: str) -> Tensor:

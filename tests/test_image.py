@@ -12,7 +12,15 @@ from torch import Tensor
 
 from arrcoc import image
 from arrcoc.config import Config, build
-from arrcoc.image import area_resample, choose_grid, frame, tile_hashes, tile_pixels
+from arrcoc.image import (
+    area_resample,
+    choose_grid,
+    frame,
+    hash_tiles,
+    overview_pixels,
+    tile_hashes,
+    tile_pixels,
+)
 from arrcoc.records import Frame, Grid
 
 CPU = torch.device("cpu")
@@ -250,6 +258,62 @@ def test_background_is_the_lowest_level() -> None:
     assert torch.equal(made.background, tiles.view(2, 3, 3, 8, 8).permute(2, 0, 3, 1, 4).reshape(3, 16, 24))
 
 
+@pytest.mark.parametrize("side_px", [8, 16, 24, 32])
+@pytest.mark.parametrize("margin", [1, 8, 20, 32])
+def test_tiles_with_a_margin_are_slices_of_the_level_with_its_edge_repeated(
+    side_px: int, margin: int
+) -> None:
+    made = make_frame(64, 96)
+    level = area_resample(made.pixels, 32, side_px)
+    padded = torch.nn.functional.pad(level[None].float(), [margin] * 4, mode="replicate")[0].to(torch.uint8)
+    index, edge = torch.tensor([4, 0, 5, 2, 4]), side_px + 2 * margin
+    tiles = tile_pixels(made, side_px, index, margin)
+    assert tiles.shape == (5, 3, edge, edge)
+    for tile, at in zip(tiles, index.tolist(), strict=True):
+        top, left = (place * side_px for place in divmod(at, 3))
+        assert torch.equal(tile, padded[:, top : top + edge, left : left + edge])
+
+
+def test_a_frame_with_a_halo_has_no_hashes_of_bare_tiles() -> None:
+    config = CONFIG.updated({"halo": 1})
+    made = frame(noise(3, 128, 128), config, TOKEN_PX, CPU)
+    assert made.hashes.shape == (0, 4)
+    assert made.hashes.dtype == torch.int64
+
+
+def background(height: int, width: int) -> Frame:
+    """A frame of which only the background is looked at."""
+    grid = Grid(1, 1, 32)
+    empty = torch.empty(0)
+    return Frame(empty, noise(3, height, width), grid, empty, (1, 1), (1, 1), 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (8, 4), (8, 12)])
+def test_an_overview_that_divides_is_a_mean_over_blocks(height: int, width: int) -> None:
+    made = background(8, 12)
+    found = overview_pixels(made, height, width)
+    blocks = made.background.double().view(3, height, 8 // height, width, 12 // width)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, blocks.mean((2, 4)).round().to(torch.uint8))  # halves to even, as torch rounds
+
+
+def triangle(old: int, new: int) -> Tensor:
+    """Antialiased bilinear weights [new, old]: a triangle as wide as two pixels of the result, normalised."""
+    scale = old / new
+    centres = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * scale
+    weights = (1 - ((torch.arange(old) + 0.5 - centres) / scale).abs()).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 32), (96, 32), (160, 64)])
+def test_an_overview_that_does_not_divide_is_filtered(height: int, width: int) -> None:
+    made = background(160, 96)
+    expected = triangle(160, height) @ made.background.double() @ triangle(96, width).T
+    found = overview_pixels(made, height, width)
+    assert found.shape == (3, height, width)
+    assert (found.double() - expected).abs().max() <= 0.501  # rounded
+
+
 def test_no_tiles_asked() -> None:
     tiles = tile_pixels(make_frame(64, 96), 8, torch.empty(0, dtype=torch.int64))
     assert tiles.shape == (0, 3, 8, 8)
@@ -270,6 +334,16 @@ def test_hash_formula(tile: int) -> None:
     pixels = noise(3, tile, 2 * tile)
     hashes = tile_hashes(pixels, Grid(1, 2, tile))
     assert hashes.tolist() == [hash_by_hand(pixels[:, :, :tile]), hash_by_hand(pixels[:, :, tile:])]
+
+
+@pytest.mark.parametrize("tile", [4, 28])
+def test_tiles_cut_before_hash_the_same(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, grid = noise(3, 2 * tile, 3 * tile), Grid(2, 3, tile)
+    tiles = pixels.view(3, 2, tile, 3, tile).permute(1, 3, 0, 2, 4).reshape(6, 3, tile, tile)
+    assert torch.equal(hash_tiles(tiles), tile_hashes(pixels, grid))
+    assert hash_tiles(tiles[:0]).shape == (0, 4)
+    monkeypatch.setattr(image, "_CHUNK", 1)
+    assert torch.equal(hash_tiles(tiles), tile_hashes(pixels, grid))
 
 
 def test_hash_is_fixed_for_ever() -> None:
@@ -327,6 +401,9 @@ def test_cuda_agrees() -> None:
     for side_px in (8, 16, 24, 32):
         index = torch.tensor([7, 1])
         assert torch.equal(tile_pixels(here, side_px, index), tile_pixels(there, side_px, index).cpu())
+    margined = tile_pixels(here, 24, torch.tensor([1, 2]), 32)
+    assert torch.equal(margined, tile_pixels(there, 24, torch.tensor([1, 2]), 32).cpu())
+    assert torch.equal(hash_tiles(margined), hash_tiles(margined.to(cuda)).cpu())
     steep = build({"sides": (1, 2, 3, 4), "max_tiles": 1})
     assert frame(noise(3, 3000, 20), steep, TOKEN_PX, cuda).content == (32, 1)
     # Bicubic sums may be taken in another order there: at most one level apart.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from arrcoc import Engine
 from arrcoc.lod import TorchLodEngine
-from arrcoc.lod.torch_engine import batches
+from arrcoc.lod.torch_engine import batches, inner
 from arrcoc.lod.tower import geometry, merge_order, rotate
 from arrcoc.vision import axial_rotary, interpolated_positions, patchify
 
@@ -116,8 +116,28 @@ def test_an_engine_gives_every_tile_its_features(count, qwen):
         torch.testing.assert_close(features.deepstack[:, i], alone.deepstack[:, 0], atol=1e-4, rtol=1e-4)
 
 
-def test_fingerprints_tell_sides_weights_and_normalisation_apart(qwen):
-    engines = [TorchLodEngine(qwen, side, (1,)) for side in (1, 1, 2)]
-    assert engines[0].fingerprint == engines[1].fingerprint != engines[2].fingerprint
+def test_inner_tokens():
+    # 4 x 4 tokens numbered in raster order, a margin of one: 5 6 9 10.
+    tokens = torch.arange(16.0).view(1, 16, 1)
+    assert inner(tokens, 2, 1)[0, :, 0].tolist() == [5, 6, 9, 10]
+    assert inner(torch.stack([tokens, -tokens]), 2, 1)[1, 0, :, 0].tolist() == [-5, -6, -9, -10]
+    assert inner(tokens, 4, 0) is tokens
+
+
+@pytest.mark.parametrize(("side", "halo"), [(1, 1), (2, 1), (1, 2)])
+def test_an_engine_with_a_halo_drops_the_margin_of_a_larger_one(side, halo, qwen):
+    edge = side + 2 * halo
+    pixels = torch.randint(0, 256, (3, 3, edge * 32, edge * 32), dtype=torch.uint8)
+    engine = TorchLodEngine(qwen, side, (1, 2, 4), halo)
+    assert (engine.side, engine.halo) == (side, halo)
+    found, whole = engine.encode(pixels), TorchLodEngine(qwen, edge, (1, 2, 4)).encode(pixels)
+    assert torch.equal(found.tokens, inner(whole.tokens, side, halo))
+    assert torch.equal(found.deepstack, inner(whole.deepstack, side, halo))
+
+
+def test_fingerprints_tell_sides_halos_weights_and_normalisation_apart(qwen):
+    engines = [TorchLodEngine(qwen, side, (1,), halo) for side, halo in ((1, 0), (1, 0), (2, 0), (1, 1))]
+    assert engines[0].fingerprint == engines[1].fingerprint
+    assert len({engine.fingerprint for engine in engines}) == 3
     assert engines[0].backend == "torch eager float32"
     assert dataclasses.is_dataclass(qwen.vision)

@@ -15,6 +15,7 @@ from arrcoc.config import build, load
 from arrcoc.glimpse import GlimpseScorer, JointGlimpse
 from arrcoc.lod import TorchLodEngine
 from arrcoc.records import Features
+from arrcoc.vision import patchify
 
 CPU = torch.device("cpu")
 QUESTIONS = ("What is on her sleeve?", "Which colour is the rocket?")
@@ -137,6 +138,108 @@ def test_all_high_stands_where_the_stock_model_puts_the_full_image(
             alone = parity.run_stock(stock_model, parity.turn("What is this?", tile), 1)
             here = ours.tokens.view(8, 12, -1)[row * 4 : row * 4 + 4, col * 4 : col * 4 + 4]
             assert parity.relative_error(here.flatten(0, 1), alone.tokens) < parity.TOLERANCE
+
+
+# Halos and overviews: what the stock tower makes of the same pixels.
+
+
+def unit_scale(folder):
+    """An engine whose vision weights are scaled up: untrained ones hardly let a patch see another."""
+    engine = make_engine(folder, cache_bytes=0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in engine._qwen.model.model.visual.parameters():
+            if weight.dim() == 2:
+                weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
+    return engine
+
+
+def stock_features(qwen, pixels):
+    """Tokens [h, w, D] and DeepStack planes of one image uint8 [3, h*32, w*32] through the stock tower."""
+    rows, cols = pixels.shape[1] // 32, pixels.shape[2] // 32
+    patches = patchify(pixels[None], qwen.vision, qwen.dtype)[0]
+    with torch.inference_mode():
+        tower = qwen.model.model.visual
+        made = tower(patches, torch.tensor([[1, 2 * rows, 2 * cols]]))
+    return made.pooler_output.view(rows, cols, -1), [p.view(rows, cols, -1) for p in made.deepstack_features]
+
+
+@pytest.fixture(scope="module")
+def unit_engine(tiny_checkpoint):
+    return unit_scale(tiny_checkpoint)
+
+
+@pytest.mark.parametrize(("lod", "halo"), [(0, 1), (1, 1), (2, 2), (3, 1), (3, 0)])
+def test_a_tile_with_a_halo_is_the_stock_towers_crop_without_its_margin(lod, halo, unit_engine, photo):
+    qwen, config = unit_engine._qwen, load("demo").updated({"halo": halo})
+    side = config.sides[lod]
+    frame = image.frame(image.decode(photo, 10**8), config, 32, CPU)  # 4 x 4 tiles
+    engine = TorchLodEngine(qwen, side, (2,), halo)
+    index = torch.tensor([0, 6])
+    found = engine.encode(image.tile_pixels(frame, side * 32, index, halo * 32))
+    # The definition: the frame's level, its edge repeated, sliced.
+    level = image.area_resample(frame.pixels, 128, side * 32)[None].float()
+    padded = torch.nn.functional.pad(level, [halo * 32] * 4, mode="replicate")[0].to(torch.uint8)
+    edge, kept = (side + 2 * halo) * 32, slice(halo, halo + side)
+    for row, (down, right) in enumerate(((0, 0), (1, 2))):
+        top, left = down * side * 32, right * side * 32
+        tokens, planes = stock_features(qwen, padded[:, top : top + edge, left : left + edge])
+        wanted = tokens[kept, kept].flatten(0, 1)
+        assert parity.relative_error(found.tokens[row], wanted) < parity.TOLERANCE
+        for have, plane in zip(found.deepstack[:, row], planes, strict=True):
+            assert parity.relative_error(have, plane[kept, kept].flatten(0, 1)) < parity.TOLERANCE
+        bare = engine.encode(image.tile_pixels(frame, side * 32, index, halo * 32).flip(-1))
+        assert parity.relative_error(bare.tokens[row], wanted) > 0.1, "another image"
+        if halo:
+            margin = padded[:, top : top + edge, left : left + edge].clone()
+            margin[:, :32] = 255 - margin[:, :32]
+            seen = stock_features(qwen, margin)[0][kept, kept].flatten(0, 1)
+            assert parity.relative_error(seen, wanted) > 1e-2, "the margin matters"
+
+
+def test_an_overview_is_the_stock_towers_view_of_the_reduced_frame(unit_engine, photo):
+    qwen = unit_engine._qwen
+    encoding = unit_engine.encode(photo, QUESTIONS[0], budget=31)  # 4 x 4 glimpse tokens: stride 2
+    assert encoding.overview_stride == 2
+    frame = image.frame(image.decode(photo, 10**8), load("demo"), 32, CPU)
+    small = torch.nn.functional.avg_pool2d(frame.background.float(), 2).round().to(torch.uint8)
+    tokens, planes = stock_features(qwen, small)
+    assert parity.relative_error(encoding.tokens[:4], tokens.flatten(0, 1)) < parity.TOLERANCE
+    for have, plane in zip(encoding.deepstack, planes, strict=True):
+        assert parity.relative_error(have[:4], plane.flatten(0, 1)) < parity.TOLERANCE
+
+
+@pytest.mark.parametrize("glimpse", ["joint", "tiles"])
+def test_a_halo_reaches_every_tile_and_repeats_from_the_cache(glimpse, tiny_checkpoint, photo):
+    settings = {"glimpse": glimpse, "halo": 1, "layout": "replace"}
+    engine = make_engine(tiny_checkpoint, **settings)
+    first = engine.encode(photo, QUESTIONS[0], budget=0.5)
+    misses = engine.cache_stats().misses
+    again = engine.encode(photo, QUESTIONS[0], budget=0.5)
+    assert engine.cache_stats().misses == misses
+    cold = make_engine(tiny_checkpoint, cache_bytes=0, **settings).encode(photo, QUESTIONS[0], budget=0.5)
+    for other in (again, cold):
+        assert torch.equal(first.tokens, other.tokens)
+        assert torch.equal(first.positions, other.positions)
+    config = load("demo").updated({"halo": 1})
+    frame = image.frame(image.decode(photo, 10**8), config, 32, CPU)
+    sides = (0, 1, 2, 3) if glimpse == "tiles" else (1, 2, 3)
+    rows = {tuple(row.tolist()) for row in first.tokens}
+    checked = 0
+    for lod in sides:
+        index = (first.lod.flatten() == lod).nonzero()[:, 0]
+        if len(index):
+            side = config.sides[lod]
+            made = TorchLodEngine(engine._qwen, side, config.buckets, 1)
+            tiles = made.encode(image.tile_pixels(frame, side * 32, index, 32))
+            wanted = tiles.tokens.flatten(0, 1)
+            near = torch.cdist(wanted, first.tokens).min(1).values
+            assert (near < 1e-3 * wanted.norm(dim=1)).all(), lod
+            checked += 1
+    assert checked >= 2
+    assert len(rows) > 16
+    described = engine.describe()
+    assert (described["halo"], described["overview_stride"]) == (1, "auto")
 
 
 # Streams, questions, threads and engines leave no trace.

@@ -43,6 +43,24 @@ def test_glimpse_and_tiles_of_one_side_stand_at_the_same_places():
     assert sorted(zip(*tiles.tolist(), strict=True)) == sorted(zip(*glimpse.tolist(), strict=True))
 
 
+def test_positions_of_a_coarser_overview():
+    # 2 x 3 tiles of side 2: 4 x 6 tokens; at stride 4 that is 1 x 2. The frame is 8 x 12 tokens of LOD high,
+    # so rows stand at 0.5 * 8 - 0.5 = 3.5, columns at (0.5, 1.5) * 6 - 0.5 = 2.5, 8.5.
+    assert sequence.glimpse_positions(Grid(2, 3, 128), 2, 4, 4).tolist() == [[3.5, 3.5], [2.5, 8.5]]
+    # 1 x 3 tiles of side 1 at stride 2: 1 x 2 tokens over 4 x 12.
+    assert sequence.glimpse_positions(Grid(1, 3, 128), 1, 4, 2).tolist() == [[1.5, 1.5], [2.5, 8.5]]
+
+
+@pytest.mark.parametrize(("grid", "side", "high"), [(Grid(5, 3, 96), 1, 3), (Grid(2, 7, 640), 4, 20)])
+def test_positions_of_the_glimpse_are_those_of_its_tiles_to_the_bit(grid, side, high):
+    tiles = sequence.tile_positions(torch.arange(grid.count), grid.cols, side, high)
+    offsets = tiles.view(2, grid.rows, grid.cols, side, side).transpose(2, 3).reshape(2, -1)
+    found = sequence.glimpse_positions(grid, side, high)
+    torch.testing.assert_close(found, offsets)
+    step = (torch.arange(grid.rows * side, dtype=torch.float32) + 0.5) * (high / side) - 0.5
+    assert torch.equal(found[0].unique(), step)
+
+
 # Layouts. A token's value names it: 100 * tile + its place in the tile; plane l adds 1000 * (l + 1).
 
 
@@ -62,7 +80,7 @@ def glimpse(count: int) -> Features:
     return Features(tokens, torch.stack([tokens - 1000, tokens - 2000]))
 
 
-def plan(lod: list[list[int]], layout: Layout, keeps_glimpse: bool, tokens: int) -> Plan:
+def plan(lod: list[list[int]], layout: Layout, stride: int, tokens: int) -> Plan:
     levels = torch.tensor(lod)
     return Plan(
         levels,
@@ -70,7 +88,7 @@ def plan(lod: list[list[int]], layout: Layout, keeps_glimpse: bool, tokens: int)
         Tensions(0.0, 0.0, 0.0),
         SIDES,
         layout,
-        keeps_glimpse,
+        stride,
         tokens,
         tokens,
         levels.numel() * 16,
@@ -89,7 +107,7 @@ def test_replace_in_raster_order():
     # Tile 0 at side 2: (0.5, 0.5) (0.5, 2.5) (2.5, 0.5) (2.5, 2.5); tile 1 at side 1: (1.5, 4 + 1.5).
     # By row, then column: tile 0's upper pair, tile 1, tile 0's lower pair.
     tiles = [part(Lod.BACKGROUND, [1]), part(Lod.LOW, [0])]
-    made = sequence.assemble(PAIR, plan([[1, 0]], Layout.REPLACE, False, 5), None, tiles, "raster")
+    made = sequence.assemble(PAIR, plan([[1, 0]], Layout.REPLACE, 0, 5), None, tiles, "raster")
     assert values(made) == [0, 1, 100, 2, 3]
     assert made.positions.tolist() == [[0] * 5, [0.5, 0.5, 1.5, 2.5, 2.5], [0.5, 2.5, 5.5, 0.5, 2.5]]
     assert made.segments == (Segment(0, 5, 8.0, ""),)  # the longer edge is 2 * 4 tokens
@@ -97,14 +115,14 @@ def test_replace_in_raster_order():
 
 def test_replace_tile_by_tile():
     tiles = [part(Lod.BACKGROUND, [1]), part(Lod.LOW, [0])]
-    made = sequence.assemble(PAIR, plan([[1, 0]], Layout.REPLACE, False, 5), None, tiles, "tile")
+    made = sequence.assemble(PAIR, plan([[1, 0]], Layout.REPLACE, 0, 5), None, tiles, "tile")
     assert values(made) == [0, 1, 2, 3, 100]
     assert made.positions[2].tolist() == [0.5, 2.5, 0.5, 2.5, 5.5]
 
 
 def test_replace_all_high_in_raster_order_interleaves_the_tiles_rows():
     made = sequence.assemble(
-        PAIR, plan([[3, 3]], Layout.REPLACE, False, 32), None, [part(Lod.HIGH, [0, 1])], "raster"
+        PAIR, plan([[3, 3]], Layout.REPLACE, 0, 32), None, [part(Lod.HIGH, [0, 1])], "raster"
     )
     rows = [[4 * r + c for c in range(4)] + [100 + 4 * r + c for c in range(4)] for r in range(4)]
     assert values(made) == [value for row in rows for value in row]
@@ -114,7 +132,7 @@ def test_replace_all_high_in_raster_order_interleaves_the_tiles_rows():
 
 def test_replace_wants_every_tile():
     with pytest.raises(AssertionError, match="exactly once"):
-        sequence.replace(PAIR, plan([[1, 0]], Layout.REPLACE, False, 5), [part(Lod.LOW, [0])], "raster")
+        sequence.replace(PAIR, plan([[1, 0]], Layout.REPLACE, 0, 5), [part(Lod.LOW, [0])], "raster")
 
 
 @pytest.mark.parametrize(
@@ -127,20 +145,20 @@ def test_replace_wants_every_tile():
 )
 def test_refine_puts_the_glimpse_first(order, refined):
     tiles = [part(Lod.LOW, [1]), part(Lod.MEDIUM, [0])]
-    made = sequence.assemble(PAIR, plan([[2, 1]], Layout.REFINE, True, 15), glimpse(2), tiles, order)
+    made = sequence.assemble(PAIR, plan([[2, 1]], Layout.REFINE, 1, 15), glimpse(2), tiles, order)
     assert values(made) == [-1, -2, *refined]
     assert made.positions[1:, :2].tolist() == [[1.5, 1.5], [1.5, 5.5]]
     assert made.segments == (Segment(0, 15, 8.0, ""),)
 
 
 def test_refine_of_nothing_is_the_glimpse():
-    made = sequence.assemble(PAIR, plan([[0, 0]], Layout.REFINE, True, 2), glimpse(2), [], "raster")
+    made = sequence.assemble(PAIR, plan([[0, 0]], Layout.REFINE, 1, 2), glimpse(2), [], "raster")
     assert values(made) == [-1, -2]
 
 
 def test_crops_are_images_of_their_own():
     tiles = [part(Lod.LOW, [1]), part(Lod.MEDIUM, [0])]
-    made = sequence.assemble(PAIR, plan([[2, 1]], Layout.CROPS, True, 15), glimpse(2), tiles, "raster")
+    made = sequence.assemble(PAIR, plan([[2, 1]], Layout.CROPS, 1, 15), glimpse(2), tiles, "raster")
     assert values(made) == [-1, -2, *range(9), 100, 101, 102, 103]
     assert made.segments == (
         Segment(0, 2, 8.0, ""),
@@ -151,9 +169,18 @@ def test_crops_are_images_of_their_own():
     assert made.positions[2].tolist() == [1.5, 5.5, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("layout", [Layout.REFINE, Layout.CROPS])
+def test_an_overview_coarser_than_the_glimpse_comes_first(layout):
+    # One token for both tiles: at (0.5 * 4 - 0.5, 0.5 * 8 - 0.5).
+    made = sequence.assemble(PAIR, plan([[0, 1]], layout, 2, 5), glimpse(1), [part(Lod.LOW, [1])], "raster")
+    assert values(made) == [-1, 100, 101, 102, 103]
+    assert made.positions[:, 0].tolist() == [0, 1.5, 3.5]
+    assert made.segments[0] == Segment(0, 1 if layout is Layout.CROPS else 5, 8.0, "")
+
+
 def test_assemble_holds_the_plan_to_its_token_count():
     with pytest.raises(AssertionError):
-        sequence.assemble(PAIR, plan([[0, 0]], Layout.REFINE, True, 3), glimpse(2), [], "raster")
+        sequence.assemble(PAIR, plan([[0, 0]], Layout.REFINE, 1, 3), glimpse(2), [], "raster")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +194,7 @@ def test_captions(tile, rows, cols, box):
 
 def test_background_tiles_are_cut_out_of_the_glimpse():
     # 1 x 2 tiles of side 2: the glimpse's rows are [-1 -2 | -3 -4] and [-5 -6 | -7 -8].
-    levels = plan([[3, 0]], Layout.REPLACE, False, 0)
+    levels = plan([[3, 0]], Layout.REPLACE, 0, 0)
     coarse = Plan(**{f: getattr(levels, f) for f in Plan.__slots__} | {"sides": (2, 3, 4, 5)})
     cut = sequence.background_tiles(PAIR, coarse, glimpse(8))
     assert (cut.lod, cut.side, cut.index.tolist()) == (Lod.BACKGROUND, 2, [1])
@@ -186,8 +213,8 @@ def test_joined_tiles_lie_in_raster_order_over_the_frame():
 
 def pictures() -> list[VisionSequence]:
     """1 x 1 tile at side 1 (extent 4), and 1 x 2 tiles at side 1 (extent 8)."""
-    one = plan([[0]], Layout.REFINE, True, 1)
-    two = plan([[0, 0]], Layout.REFINE, True, 2)
+    one = plan([[0]], Layout.REFINE, 1, 1)
+    two = plan([[0, 0]], Layout.REFINE, 1, 2)
     return [
         sequence.assemble(Grid(1, 1, 128), one, glimpse(1), [], "raster"),
         sequence.assemble(PAIR, two, glimpse(2), [], "raster"),
@@ -211,7 +238,7 @@ def test_positions_of_a_prompt_with_two_images():
 
 def test_captions_stand_between_the_segments_of_a_prompt():
     crops = sequence.assemble(
-        Grid(1, 1, 128), plan([[1]], Layout.CROPS, True, 5), glimpse(1), [part(Lod.LOW, [0])], "raster"
+        Grid(1, 1, 128), plan([[1]], Layout.CROPS, 1, 5), glimpse(1), [part(Lod.LOW, [0])], "raster"
     )
     made = sequence.prompt([torch.full((1, 2), 7.0)] * 2, [crops], [[torch.full((2, 2), 8.0)]])
     assert made.embeds[0, :, 0].tolist() == [7, -1, 8, 8, 0, 1, 2, 3, 7]

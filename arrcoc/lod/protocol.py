@@ -18,6 +18,11 @@ class LodEngine(Protocol):
         ...
 
     @property
+    def halo(self) -> int:
+        """Tokens of margin around the tile that are encoded with it and dropped afterwards."""
+        ...
+
+    @property
     def backend(self) -> str:
         """Backend and precision, for people, for example `torch eager float32`."""
         ...
@@ -31,7 +36,7 @@ class LodEngine(Protocol):
         """Encode tiles, in batches of the engine's buckets.
 
         Args:
-            pixels: uint8 [K, 3, side * token_px, side * token_px], K >= 1, on the engine's device.
+            pixels: uint8 [K, 3, e, e], e = (side + 2 * halo) * token_px, K >= 1, on the engine's device.
 
         Returns:
             tokens [K, side**2, D] and DeepStack planes [L, K, side**2, D], owned by the caller.

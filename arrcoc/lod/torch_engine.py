@@ -17,15 +17,15 @@ from arrcoc.vision import patchify
 class TorchLodEngine:
     """Encodes tiles of one side with torch; see `LodEngine`."""
 
-    def __init__(self, qwen: QwenVL, side: int, buckets: Sequence[int]) -> None:
-        """Args: the checkpoint, tokens along a tile's edge, ascending batch sizes to run at."""
-        self.side = side
+    def __init__(self, qwen: QwenVL, side: int, buckets: Sequence[int], halo: int = 0) -> None:
+        """Args: the checkpoint, tokens along a tile's edge, ascending batch sizes, tokens of margin."""
+        self.side, self.halo = side, halo
         self.backend = f"torch eager {str(qwen.dtype).removeprefix('torch.')}"
         self._weights, self._dtype = qwen.vision, qwen.dtype
         self._tower = StaticTower(qwen.vision)
-        self._geometry = geometry(qwen.vision, side, side)
+        self._geometry = geometry(qwen.vision, side + 2 * halo, side + 2 * halo)
         self._buckets = tuple(buckets)
-        identity = f"{qwen.fingerprint} side={side} {self.backend} {qwen.device.type}"
+        identity = f"{qwen.fingerprint} side={side} halo={halo} {self.backend} {qwen.device.type}"
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
     @torch.inference_mode()
@@ -45,7 +45,17 @@ class TorchLodEngine:
             torch.cat((pixels, pixels.new_zeros(size - count, *pixels.shape[1:]))) if size > count else pixels
         )
         features = self._tower.encode(patchify(padded, self._weights, self._dtype), self._geometry)
-        return Features(features.tokens[:count], features.deepstack[:, :count])
+        tokens, planes = features.tokens[:count], features.deepstack[:, :count]
+        return Features(inner(tokens, self.side, self.halo), inner(planes, self.side, self.halo))
+
+
+def inner(tokens: Tensor, side: int, halo: int) -> Tensor:
+    """Drop the margin of squares of tokens: [..., (side + 2*halo)**2, D] to [..., side**2, D]."""
+    if halo == 0:
+        return tokens
+    edge = side + 2 * halo
+    square = tokens.view(*tokens.shape[:-2], edge, edge, tokens.shape[-1])
+    return square[..., halo : halo + side, halo : halo + side, :].flatten(-3, -2)
 
 
 def batches(count: int, buckets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
