@@ -11,15 +11,16 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, progress
+from common import RESULTS, ROOT, markdown_table, progress
+from judgements import ablation_table, decision_table, relevance_families, relevance_table, tension_table
 
 from arrcoc import config as configs
 
-PAGES = ("README.md", "docs/architecture.md", "docs/decisions.md")
+PAGES = ("README.md", "docs/architecture.md", "docs/decisions.md", "docs/relevance.md")
 """Files whose marked tables are kept."""
 
 TOKEN_PX = 32
@@ -41,7 +42,7 @@ def ratios(result: Mapping[str, Any]) -> str:
         times = (first["first_token"], following["first_token"], first["wall"], first["peak_memory"])
         counts = (case["stock"]["tokens"], case["arrcoc"]["tokens"])
         rows.append([_edges(case), f"{case['budget']:g}", *(f"{n:,}" for n in counts), *map(_times, times)])
-    return _table(head, rows) + _source(result)
+    return markdown_table(head, rows) + _source(result)
 
 
 def first_tokens(result: Mapping[str, Any]) -> str:
@@ -58,7 +59,7 @@ def first_tokens(result: Mapping[str, Any]) -> str:
         times = [f"{case[who]['first_token_ms']:.0f} ms" for who in ("stock", "arrcoc")]
         over = (first["first_token"], following["first_token"], first["peak_memory"])
         rows.append([_edges(case), f"{case['budget']:g}", *counts, *times, *map(_times, over)])
-    return _table(head, rows) + _source(result)
+    return markdown_table(head, rows) + _source(result)
 
 
 def shares(result: Mapping[str, Any]) -> str:
@@ -69,7 +70,7 @@ def shares(result: Mapping[str, Any]) -> str:
         total = sum(stages.values())
         parts = [stages.get(name, 0.0) / total for name in _STAGES]
         rows.append([_edges(case), f"{case['budget']:g}", *(f"{p:.0%}" for p in (*parts, 1 - sum(parts)))])
-    return _table(("image", "budget", *_STAGES, "all others"), rows) + _source(result)
+    return markdown_table(("image", "budget", *_STAGES, "all others"), rows) + _source(result)
 
 
 def presets() -> str:
@@ -80,13 +81,37 @@ def presets() -> str:
         tokens = " / ".join(str(side**2) for side in config.sides)
         sides = " / ".join(map(str, config.sides))
         rows.append([f"`{name}`", f"{config.sides[3] * TOKEN_PX} px", sides, tokens, f"{config.max_tiles:,}"])
-    return _table(("preset", "tile", "sides", "tokens per tile", "most tiles"), rows)
+    return markdown_table(("preset", "tile", "sides", "tokens per tile", "most tiles"), rows)
+
+
+CHOICES = (
+    "layout", "glimpse", "halo", "overview", "order", "order-replace", "utility", "utility-replace", "sides",
+    "levels", "gain", "lateral", "confident", "flat", "attention-gain", "probe", "participatory",
+)  # fmt: skip
+"""Choices of decisions.py, each with a table `results:decisions-NAME`."""
+
+
+def _measured(file: str, render: Callable[[Mapping[str, Any]], str]) -> Callable[[Path], str]:
+    """The table of a result that may not be there yet."""
+    return lambda folder: render(_read(folder / file)) if (folder / file).exists() else "Not measured yet.\n"
+
+
+def _decided(name: str) -> Callable[[Path], str]:
+    return _measured("decisions.json", lambda result: decision_table(result, name))
 
 
 _TABLES: dict[str, Callable[[Path], str]] = {
     "results:stages-h200-2b": lambda results: first_tokens(_read(results / "stages_h200_2b.json")),
     "results:stages": lambda results: ratios(_read(results / "stages.json")),
     "results:stage-shares": lambda results: shares(_read(results / "stages.json")),
+    "results:relevance": _measured("relevance.json", relevance_table),
+    "results:relevance-families": _measured("relevance.json", lambda r: relevance_families(r, "auc")),
+    "results:recall-families": _measured(
+        "relevance.json", lambda r: relevance_families(r, "recall_at_targets")
+    ),
+    "results:tensions": _measured("tensions.json", tension_table),
+    "results:tensions-ablation": _measured("tensions.json", ablation_table),
+    **{f"results:decisions-{name}": _decided(name) for name in CHOICES},
     "configs:presets": lambda _: presets(),
 }
 
@@ -121,12 +146,6 @@ def _edges(case: Mapping[str, Any]) -> str:
 
 def _times(ratio: float | None) -> str:
     return "not measured" if ratio is None else f"{ratio:.2f} x"
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(head), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _source(result: Mapping[str, Any]) -> str:
