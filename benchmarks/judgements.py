@@ -18,6 +18,63 @@ _FIGURES = {
 Result = Mapping[str, Any]
 
 
+def accuracy_table(result: Result) -> str:
+    """Exact match of every method at every budget with its interval, and how much longer an answer takes.
+
+    Times are ratios to the same method's stock rival: downscale at full resolution, in the same run.
+    """
+    cells = {(cell["method"], cell["budget"]): cell for cell in result["cells"]}
+    budgets = sorted({budget for _, budget in cells})
+    rows = [
+        [method, *(_exact(cells.get((method, budget))) for budget in budgets)]
+        for method in dict.fromkeys(method for method, _ in cells)
+    ]
+    return markdown_table(("method", *(f"{budget:g}" for budget in budgets)), rows) + _evaluated(result)
+
+
+def accuracy_times(result: Result) -> str:
+    """Time of an answer as a share of the stock model's at full resolution, in the same run."""
+    cells = {(cell["method"], cell["budget"]): cell for cell in result["cells"]}
+    budgets = sorted({budget for _, budget in cells})
+    stock = cells["downscale", budgets[-1]]["milliseconds"]
+    rows = []
+    for method in dict.fromkeys(method for method, _ in cells):
+        found = [cells.get((method, budget), {}).get("milliseconds") for budget in budgets]
+        rows.append([method, *("" if ms is None else f"{ms / stock:.2f}" for ms in found)])
+    return markdown_table(("method", *(f"{budget:g}" for budget in budgets)), rows) + _evaluated(result)
+
+
+def accuracy_families(result: Result) -> str:
+    """Exact match of arrcoc, of downscaling and of an ideal scorer at every budget, family by family."""
+    budgets = sorted({cell["budget"] for cell in result["cells"]})
+    rows = []
+    for family, part in result["families"].items():
+        cells = {(cell["method"], cell["budget"]): cell for cell in part}
+        for method in ("arrcoc", "downscale", "oracle"):
+            shown = [cells.get((method, budget)) for budget in budgets]
+            rows.append(
+                [family, method, *("" if c is None else f"{100 * c['exact']['mean']:.0f}" for c in shown)]
+            )
+    return markdown_table(("family", "method", *(f"{b:g}" for b in budgets)), rows) + _evaluated(result)
+
+
+def _evaluated(result: Result) -> str:
+    versions, workers = result["versions"], result["workers"]
+    shared = f", {workers} processes side by side" if workers > 1 else ""
+    return (
+        f"\n`{result['command']}`, {result['date']}, {result['device']}{shared}, {result['dtype']}, "
+        f"{result['cases']} questions, seed {result['seed']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}.\n"
+    )
+
+
+def _exact(cell: Mapping[str, Any] | None) -> str:
+    if cell is None or cell["exact"] is None:
+        return ""
+    exact = cell["exact"]
+    return f"{100 * exact['mean']:.0f} ({100 * exact['low']:.0f} to {100 * exact['high']:.0f})"
+
+
 def relevance_table(result: Result) -> str:
     """Every figure of every scorer over all families."""
     rows = (

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, markdown_table, progress
-from judgements import ablation_table, decision_table, relevance_families, relevance_table, tension_table
+from judgements import (
+    ablation_table,
+    accuracy_families,
+    accuracy_table,
+    accuracy_times,
+    decision_table,
+    relevance_families,
+    relevance_table,
+    tension_table,
+)
 
 from arrcoc import config as configs
 
@@ -104,6 +113,9 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "results:stages-h200-2b": lambda results: first_tokens(_read(results / "stages_h200_2b.json")),
     "results:stages": lambda results: ratios(_read(results / "stages.json")),
     "results:stage-shares": lambda results: shares(_read(results / "stages.json")),
+    "results:accuracy": _measured("accuracy.json", accuracy_table),
+    "results:accuracy-times": _measured("accuracy.json", accuracy_times),
+    "results:accuracy-families": _measured("accuracy.json", accuracy_families),
     "results:relevance": _measured("relevance.json", relevance_table),
     "results:relevance-families": _measured("relevance.json", lambda r: relevance_families(r, "auc")),
     "results:recall-families": _measured(

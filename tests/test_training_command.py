@@ -214,7 +214,7 @@ def test_the_demo_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise ConfigError("the demo was begun", "nothing", "Stop")
 
-    monkeypatch.setattr("arrcoc.demo.run.make_engine", refuse)
+    monkeypatch.setattr("arrcoc.demo.run.open_subject", refuse)
     done = CliRunner().invoke(cli.app, ["demo", "--preset", "demo"])
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == "error: the demo was begun. Allowed: nothing. Stop.\n"

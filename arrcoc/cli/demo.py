@@ -1,4 +1,4 @@
-"""`arrcoc demo`: the bundled photographs; `arrcoc demo train`: the bundled checkpoint from nothing."""
+"""`arrcoc demo`: questions about drawn signs; `arrcoc demo train`: the bundled checkpoint from nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def demo(
     preset: Preset = "auto",
     debug: Debug = False,
 ) -> None:
-    """Ask two questions about each bundled photograph; write pictures and a JSON file."""
+    """Ask about signs on large images: at a tenth of the tokens, at full resolution, and downscaled."""
     ctx.obj = debug or ctx.obj
     if ctx.invoked_subcommand is not None:
         return
@@ -33,13 +33,14 @@ def demo(
 
         with working("loading the model"):
             quiet_transformers()
-            engine = run.make_engine(model, preset)
+            subject = run.open_subject(model, preset)
         cases = run.demo_cases()
-        with counting(sum(len(case.questions) for case in cases) + 1) as begin:
-            results = run.run(engine, cases, out, budget, begin)
+        steps = len(run.WAYS) * sum(len(case.questions) for case in cases) + 1
+        with counting(steps) as begin:
+            results = run.run(subject, cases, out, budget, begin)
         console = stdout()
         console.print(run.table(results))
-        for line in run.closing_lines(engine, out):
+        for line in run.closing_lines(subject, results, out):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,1 +1,1 @@
-"""The demo: an untrained checkpoint made on the spot, and bundled photographs with questions."""
+"""The demo: the bundled checkpoint, how it is trained, and questions about drawn signs."""

@@ -1,4 +1,4 @@
-"""An untrained Qwen3-VL in the stock folder format, made on the spot: for tests and for the demo.
+"""An untrained Qwen3-VL in the stock folder format, made on the spot: for tests and benchmarks, and to train.
 
 The weights have unit scale (matrices 1/sqrt(fan_in), embeddings 1), unlike the stock initialiser's 0.02,
 under which attention is nearly uniform and a wrong RoPE or DeepStack plane hardly changes the output.
@@ -7,7 +7,6 @@ under which attention is nearly uniform and a wrong RoPE or DeepStack plane hard
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 import zlib
@@ -25,7 +24,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from arrcoc.errors import ConfigError, ModelError
 
-SizeName = Literal["tiny", "small", "reader", "2b"]
+SizeName = Literal["tiny", "reader", "2b"]
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, VISION_PAD = "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"
@@ -75,7 +74,6 @@ class _Size:
 
 _SIZES: dict[str, _Size] = {
     "tiny": _Size(4, 64, 4, 2, 128, (4, 2, 2), 4, 64, 4, 128, (0, 1, 2), "float32"),
-    "small": _Size(8, 256, 4, 2, 768, (12, 10, 10), 6, 256, 4, 1024, (1, 3, 5), "bfloat16"),
     "reader": _Size(7, 256, 4, 2, 768, (12, 10, 10), 6, 256, 4, 1024, (1, 3), "bfloat16", 10_000.0),
     "2b": _Size(28, 2048, 16, 8, 6144, (24, 20, 20), 24, 1024, 16, 4096, (5, 11, 17), "bfloat16", 5e6),
 }
@@ -90,9 +88,9 @@ def make_checkpoint(folder: str | Path, seed: int = 0, size: SizeName = "tiny", 
     Args:
         folder: where to write; must not exist, be empty, or hold the same checkpoint.
         seed: of the weights.
-        size: `tiny` (text 4 x 64, vision 4 x 64, fp32), `small` (text 8 x 256, vision 6 x 256, bf16),
-            `reader` (text 7 x 256, vision 6 x 256, bf16), which is trained on placards, or `2b` (the layers
-            of Qwen3-VL-2B with this small vocabulary, bf16, 3.4 GB), for benchmarks on a GPU.
+        size: `tiny` (text 4 x 64, vision 4 x 64, fp32), `reader` (text 7 x 256, vision 6 x 256, bf16), which
+            is trained on placards, or `2b` (the layers of Qwen3-VL-2B with this small vocabulary, bf16,
+            3.4 GB), for benchmarks on a GPU.
         more_text: text to train the tokenizer on, besides the bundled one.
 
     Returns:
@@ -120,18 +118,6 @@ def make_checkpoint(folder: str | Path, seed: int = 0, size: SizeName = "tiny", 
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def demo_checkpoint() -> Path:
-    """The `small` checkpoint in the user's cache folder, made on first use.
-
-    The cache folder is `$XDG_CACHE_HOME/arrcoc`, or `~/.cache/arrcoc`.
-
-    Raises:
-        ModelError: the cache folder cannot be written.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return make_checkpoint(cache / "arrcoc" / f"untrained-small-{_RECIPE}", size="small")
 
 
 def unit_scale_weights(config: Qwen3VLConfig, seed: int) -> dict[str, Tensor]:

@@ -1,91 +1,135 @@
-"""The contact sheet: for each photograph, where each of its two questions made the engine look."""
+"""The contact sheet: each canvas, and for each question where the engine looked and what came of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 
 from arrcoc.encoding import Encoding
-from arrcoc.plot import LOD_COLOURS, wrapped
+from arrcoc.plot import wrapped
 from arrcoc.records import Lod
 
-_WIDTH, _PANEL, _HEAD = 16.0, 2.1, 0.62  # inches
+TICK, CROSS = "\N{CHECK MARK}", "\N{BALLOT X}"
+
+_WIDTH, _PANEL, _WORDS = 16.0, 3.8, 1.85  # inches
+_INK, _MARK = "#222222", "#ff2d95"
+_COLOURS = {True: "#00704a", False: "#b3261e"}
+_DIM = 0.35
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Encoding]]]) -> Figure:
-    """Draw one row for each photograph: it, then relevance and levels of detail for each question.
+class Line(NamedTuple):
+    """One answer on the sheet."""
 
-    Relevance is drawn on the one scale from 0 to 1, so that a faint difference looks faint; each panel's
-    caption gives the range of its map.
+    label: str
+    text: str
+    right: bool
+    tokens: int
+
+
+class Panel(NamedTuple):
+    """One question on the sheet.
+
+    Attributes:
+        encoding: where the engine looked.
+        question, expected: what was asked, and the right answer.
+        boxes: (x0, y0, x1, y1) in px of the source image, of the signs in question.
+        lines: the answers.
+    """
+
+    encoding: Encoding
+    question: str
+    expected: str
+    boxes: Sequence[tuple[int, int, int, int]]
+    lines: Sequence[Line]
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Panel]]]) -> Figure:
+    """Draw one row for each canvas: it, then for each question the canvas as the engine saw it.
 
     Args:
-        rows: a photograph's name and its encodings, equally many in every row.
+        rows: a canvas's name and its panels, equally many in every row.
 
     Returns:
-        A figure outside pyplot's global state; its axes are labelled `name`, `name 1 relevance`,
-        `name 1 lod`, `name 2 relevance` and so on.
+        A figure outside pyplot's global state; its axes are labelled `name`, `name 1`, `name 1 words`,
+        `name 2` and so on.
     """
-    questions = len(rows[0][1])
-    assert all(len(encodings) == questions for _, encodings in rows), "rows of different length"
-    height = len(rows) * (_PANEL + _HEAD) + _HEAD
-    figure = Figure(figsize=(_WIDTH, height), facecolor="white")
+    columns = 1 + len(rows[0][1])
+    assert all(len(panels) == columns - 1 for _, panels in rows), "rows of different length"
+    height = len(rows) * (_PANEL + _WORDS) + 0.5
+    figure = Figure(figsize=(_WIDTH * columns / 4, height), facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        len(rows), 1 + 2 * questions, left=0.01, right=0.99, wspace=0.05,
-        top=1 - _HEAD / height, bottom=_HEAD / height, hspace=_HEAD / _PANEL,
+        2 * len(rows), columns, left=0.008, right=0.992, wspace=0.04, hspace=0.02,
+        top=1 - 0.08 / height, bottom=0.42 / height, height_ratios=[_PANEL, _WORDS] * len(rows),
     )  # fmt: skip
-    for row, (name, encodings) in enumerate(rows):
-        photograph = figure.add_subplot(grid[row, 0], label=name)
-        _draw_photograph(photograph, name, encodings[0])
-        for number, encoding in enumerate(encodings, start=1):
-            column = 2 * number - 1
-            seen = figure.add_subplot(grid[row, column], label=f"{name} {number} relevance")
-            _draw_relevance(seen, encoding)
-            spent = figure.add_subplot(grid[row, column + 1], label=f"{name} {number} lod")
-            _draw_lod(spent, encoding)
-    legend = " < ".join(lod.name.lower() for lod in Lod)
-    note = f"relevance: dark 0 to bright 1.   levels of detail, blue to yellow: {legend}"
-    figure.text(0.01, 0.12 / height, note, fontsize=10)
+    for row, (name, panels) in enumerate(rows):
+        _draw_canvas(figure.add_subplot(grid[2 * row, 0], label=name), panels[0].encoding)
+        for column, panel in enumerate(panels, start=1):
+            label = f"{name} {column}"
+            _draw_seen(figure.add_subplot(grid[2 * row, column], label=label), panel)
+            _write(figure.add_subplot(grid[2 * row + 1, column], label=f"{label} words"), panel)
+    note = "Brightness is the level of detail: " + " < ".join(lod.name.lower() for lod in Lod)
+    note += ".  A pink frame marks the signs that the question is about; the engine is not told."
+    figure.text(0.008, 0.14 / height, note, fontsize=11, color=_INK)
     return figure
 
 
-def _draw_photograph(axes: Axes, name: str, encoding: Encoding) -> None:
-    _bare(axes, name, bold=True)
+def lit(encoding: Encoding) -> NDArray[np.float64]:
+    """The picture with every tile as bright as its LOD: [h, w, 3] in [0, 1].
+
+    High shows the picture, background 0.35 of its grey, the LODs between are mixed of the two by thirds.
+    """
+    picture = _picture(encoding) / 255
+    height, width, _ = picture.shape
+    rows, cols = encoding.lod.shape
+    level = encoding.lod.numpy() / max(Lod)
+    y, x = np.arange(height) * rows // height, np.arange(width) * cols // width
+    light = level[np.ix_(y, x)][..., None]
+    shown: NDArray[np.float64] = light * picture + (1 - light) * _DIM * picture.mean(axis=2, keepdims=True)
+    return shown
+
+
+def _draw_canvas(axes: Axes, encoding: Encoding) -> None:
     axes.imshow(_picture(encoding))
-
-
-def _draw_relevance(axes: Axes, encoding: Encoding) -> None:
-    values = encoding.relevance.numpy()
-    _bare(axes, f"{wrapped(encoding.question, 36, 2)}\nrelevance, {values.min():.2f} to {values.max():.2f}")
-    _over(axes, encoding, values, "inferno", 1)
-
-
-def _draw_lod(axes: Axes, encoding: Encoding) -> None:
-    _bare(axes, f"detail, {encoding.n_tokens:,} of {encoding.full_tokens:,} tokens")
-    _over(axes, encoding, encoding.lod.numpy(), ListedColormap(LOD_COLOURS), len(Lod) - 1)
-
-
-def _over(
-    axes: Axes, encoding: Encoding, values: np.ndarray, colours: str | ListedColormap, top: int
-) -> None:
-    """A map of tiles, half transparent over the grey photograph."""
-    grey = Image.fromarray(_picture(encoding)).convert("L")
-    extent = (0.0, float(grey.width), float(grey.height), 0.0)
-    axes.imshow(grey, extent=extent, cmap="gray", vmin=0, vmax=255)
-    axes.imshow(values, extent=extent, cmap=colours, vmin=0, vmax=top, alpha=0.6, interpolation="nearest")
-
-
-def _picture(encoding: Encoding) -> np.ndarray:
-    return encoding.picture.permute(1, 2, 0).cpu().numpy()
-
-
-def _bare(axes: Axes, caption: str, bold: bool = False) -> None:
-    weight = "bold" if bold else "normal"
-    axes.set_title(caption, fontsize=9, loc="left", pad=3, fontweight=weight, parse_math=False)
     axes.set_axis_off()
+    height, width = encoding.source_size
+    axes.set_title(f"{width} x {height} px", y=-0.075, fontsize=11, loc="left", color=_INK)
+
+
+def _draw_seen(axes: Axes, panel: Panel) -> None:
+    shown = lit(panel.encoding)
+    axes.imshow(shown)
+    axes.set_axis_off()
+    scale = shown.shape[0] / panel.encoding.source_size[0]
+    for x0, y0, x1, y1 in panel.boxes:
+        corner, size = (x0 * scale - 6, y0 * scale - 6), ((x1 - x0) * scale + 12, (y1 - y0) * scale + 12)
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_MARK, linewidth=2.0))
+
+
+def _write(axes: Axes, panel: Panel) -> None:
+    """Question, right answer and answers, one below the other."""
+    axes.set(xlim=(0, 1), ylim=(1, 0))
+    axes.set_axis_off()
+    # Not parse_math: an answer may hold dollar signs.
+    style: dict[str, Any] = {"va": "top", "parse_math": False}
+    question = wrapped(panel.question, 40, 3)
+    axes.text(0, 0.03, question, fontsize=11.5, fontweight="bold", color=_INK, **style)
+    at = 0.17 + 0.115 * question.count("\n")
+    axes.text(0, at, f"right answer: {wrapped(panel.expected, 30, 1)}", fontsize=11.5, color=_INK, **style)
+    for number, (label, text, right, tokens) in enumerate(panel.lines, start=1):
+        y, colour = at + 0.14 * number, _COLOURS[right]
+        said = f"{TICK if right else CROSS} {wrapped(text, 15, 1)}"
+        axes.text(0, y, said, fontsize=12, fontweight="bold", color=colour, **style)
+        axes.text(0.42, y, f"{label}, {tokens:,} tokens", fontsize=11, color=_INK, **style)
+
+
+def _picture(encoding: Encoding) -> NDArray[np.uint8]:
+    shown: NDArray[np.uint8] = encoding.picture.permute(1, 2, 0).cpu().numpy()
+    return shown

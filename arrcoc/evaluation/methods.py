@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,11 +29,13 @@ from arrcoc.evaluation.rivals import fastv, visionzip
 from arrcoc.lod import TorchLodEngine
 from arrcoc.pipeline import Judge, Pipeline
 from arrcoc.qwen import QwenVL, load
-from arrcoc.records import Frame, Lod, Query, Texture
+from arrcoc.records import Features, Frame, Lod, Query, Texture
 from arrcoc.timing import StageTimer
 
 ELSEWHERE = 0.05
 """Relevance that `oracle` gives to tiles without a target, so that spare tokens are spent there."""
+
+T = TypeVar("T")
 
 Method = Callable[[Picture, int], Given]
 """Answers within a number of tokens; `BudgetError` where the method cannot do with so few."""
@@ -42,6 +45,10 @@ class Lab:
     """One checkpoint with everything that the methods share.
 
     The tile cache is off: a method must not be faster for what another one encoded before it.
+
+    Attributes:
+        spared: milliseconds that the answers since it was last set to 0 did not take, because what they need
+            had been made for an answer about the same picture; see `shared`.
     """
 
     def __init__(self, qwen: QwenVL, presets: configs.PresetChoice, max_new_tokens: int, seed: int) -> None:
@@ -52,6 +59,8 @@ class Lab:
         self._decoder = TransformersDecoder(qwen)
         self._sampling = Sampling(max_new_tokens=max_new_tokens)
         self._pipelines = {config: self._pipeline(config) for config in presets.by_name.values()}
+        self._shared: dict[str, tuple[Picture, Any, float]] = {}
+        self.spared = 0.0
 
     @classmethod
     def open(
@@ -69,7 +78,8 @@ class Lab:
         Raises:
             ModelError, ConfigError: as `Engine.from_pretrained`.
         """
-        presets = configs.PresetChoice.make(preset, overrides | {"cache_bytes": 0})
+        chosen = "demo" if model is None and preset == "auto" else preset  # as the engine does
+        presets = configs.PresetChoice.make(chosen, overrides | {"cache_bytes": 0})
         place = resolve_device(device)
         source = bundled_checkpoint()[0] if model is None else model
         return cls(load(source, place, resolve_dtype(dtype, place)), presets, max_new_tokens, seed)
@@ -89,7 +99,10 @@ class Lab:
 
     def whole_answer(self, picture: Picture, most: int) -> Given:
         """The stock model's answer to an image of at most `most` tokens."""
-        features, grid = self.whole.encode(picture.pixels, most)
+        if most == self.full_tokens(picture.pixels):
+            features, grid = self._full(picture)
+        else:
+            features, grid = self.whole.encode(picture.pixels, most)
         prompt = stock.prompt(self.qwen, stock.lay_out(features, grid), picture.case.question)
         return Given(self.generate(self._decoder.prefill(prompt)), grid.tokens)
 
@@ -106,16 +119,45 @@ class Lab:
     def zipped_answer(self, picture: Picture, keep: int) -> Given:
         """VisionZip's answer: see `arrcoc.evaluation.rivals.visionzip`."""
         full = self.full_tokens(picture.pixels)
-        features, grid, kept = visionzip.encode(self.whole, picture.pixels, full, keep)
-        prompt = stock.prompt(self.qwen, stock.lay_out(features, grid, kept), picture.case.question)
+        looked = self.shared("zip", picture, lambda: visionzip.look(self.whole, picture.pixels, full))
+        features, kept = visionzip.compress(looked, keep)
+        prompt = stock.prompt(self.qwen, stock.lay_out(features, looked.grid, kept), picture.case.question)
         return Given(self.generate(self._decoder.prefill(prompt)), len(kept))
 
     def pruned_answer(self, picture: Picture, keep: int) -> Given:
         """FastV's answer: see `arrcoc.evaluation.rivals.fastv`."""
-        features, grid = self.whole.encode(picture.pixels, self.full_tokens(picture.pixels))
+        features, grid = self._full(picture)
         prompt = stock.prompt(self.qwen, stock.lay_out(features, grid), picture.case.question)
         keep = min(keep, grid.tokens)
         return Given(self.generate(fastv.prefill(self.qwen, prompt, keep)), keep)
+
+    def shared(self, what: str, picture: Picture, make: Callable[[], T]) -> T:
+        """What several answers about one picture need alike, made once.
+
+        The milliseconds that making it took are added to `spared` whenever it is taken again: an answer's
+        time is that of an answer on its own.
+        """
+        found = self._shared.get(what)
+        if found is not None and found[0] is picture:
+            self.spared += found[2]
+            made: T = found[1]
+            return made
+        self.synchronise()
+        start = perf_counter()
+        made = make()
+        self.synchronise()
+        self._shared[what] = picture, made, (perf_counter() - start) * 1e3
+        return made
+
+    def synchronise(self) -> None:
+        """Wait until the device's queue is empty."""
+        if self.qwen.device.type == "cuda":
+            torch.cuda.synchronize(self.qwen.device)
+
+    def _full(self, picture: Picture) -> tuple[Features, stock.TokenGrid]:
+        """The whole picture at full resolution, as the stock model encodes it."""
+        most = self.full_tokens(picture.pixels)
+        return self.shared("full", picture, lambda: self.whole.encode(picture.pixels, most))
 
     def generate(self, state: DecodeState) -> str:
         """The greedy answer from a prompt that has been run."""

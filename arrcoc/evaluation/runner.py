@@ -135,16 +135,12 @@ def tokens(budget: int | float, full: int) -> int:
 
 def _timed(lab: Lab, work: Callable[[], Given]) -> tuple[Given, float]:
     """A result and the milliseconds it took, with the device's queue empty at both ends."""
-    _synchronise(lab)
+    lab.synchronise()
+    lab.spared = 0.0
     start = perf_counter()
     result = work()
-    _synchronise(lab)
-    return result, (perf_counter() - start) * 1e3
-
-
-def _synchronise(lab: Lab) -> None:
-    if lab.qwen.device.type == "cuda":
-        torch.cuda.synchronize(lab.qwen.device)
+    lab.synchronise()
+    return result, (perf_counter() - start) * 1e3 + lab.spared
 
 
 def identity(lab: Lab, cases: Cases) -> dict[str, Any]:

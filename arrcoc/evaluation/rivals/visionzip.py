@@ -91,13 +91,25 @@ def merge(tokens: Tensor, stands_for: Tensor) -> tuple[Tensor, Tensor]:
     return (sums / sizes[:, None]).to(tokens.dtype), kept
 
 
-@torch.inference_mode()
-def encode(whole: WholeImage, pixels: Tensor, most: int, keep: int) -> tuple[Features, TokenGrid, Tensor]:
-    """Encode an image uint8 [3, h, w] at up to `most` tokens, and keep `keep` of them (all, if fewer).
+class Looked(NamedTuple):
+    """A whole image, encoded and judged: all that does not depend on how much is kept.
 
-    Returns:
-        Features (K = 1, `keep` tokens), the whole image's grid, and the raster indices kept, int64 [keep].
+    Attributes:
+        tokens: [1, n, D].
+        planes: [L, 1, n, D].
+        salience: of every token.
+        grid: of the image.
     """
+
+    tokens: Tensor
+    planes: Tensor
+    salience: Salience
+    grid: TokenGrid
+
+
+@torch.inference_mode()
+def look(whole: WholeImage, pixels: Tensor, most: int) -> Looked:
+    """Encode an image uint8 [3, h, w] at up to `most` tokens."""
     patches, grid = whole.patches(pixels, most)
     shape, weights = whole.geometry(grid), whole.tower.weights
     inputs: list[Tensor] = []
@@ -108,9 +120,26 @@ def encode(whole: WholeImage, pixels: Tensor, most: int, keep: int) -> tuple[Fea
 
     hidden, planes = whole.tower.trunk(patches, *shape, observe=observe)
     tokens = whole.tower.merge(weights.merger, hidden)
-    stands_for = representatives(salience(weights, inputs[0], shape), min(keep, grid.tokens))
-    merged, kept = merge(tokens, stands_for)
-    return Features(merged, merge(planes, stands_for)[0]), grid, kept
+    return Looked(tokens, planes, salience(weights, inputs[0], shape), grid)
+
+
+@torch.inference_mode()
+def compress(looked: Looked, keep: int) -> tuple[Features, Tensor]:
+    """Keep `keep` tokens (all, if there are fewer).
+
+    Returns:
+        Features (K = 1, `keep` tokens) and the raster indices kept, int64 [keep].
+    """
+    stands_for = representatives(looked.salience, min(keep, looked.grid.tokens))
+    merged, kept = merge(looked.tokens, stands_for)
+    return Features(merged, merge(looked.planes, stands_for)[0]), kept
+
+
+def encode(whole: WholeImage, pixels: Tensor, most: int, keep: int) -> tuple[Features, TokenGrid, Tensor]:
+    """Both steps: features (K = 1, `keep` tokens), the whole image's grid, the raster indices kept."""
+    looked = look(whole, pixels, most)
+    features, kept = compress(looked, keep)
+    return features, looked.grid, kept
 
 
 def salience(weights: VisionWeights, hidden: Tensor, shape: Geometry) -> Salience:
