@@ -24,6 +24,7 @@ from arrcoc.devices import device_name, resolve_device, resolve_dtype
 from arrcoc.encoding import Encoding
 from arrcoc.errors import ConfigError, DecodeError, EngineMismatchError
 from arrcoc.image import ImageInput
+from arrcoc.lod import BuiltEngines
 from arrcoc.qwen import QwenVL, load
 from arrcoc.records import Lod
 from arrcoc.scorers import TEXTURE_HEAD_FILE, TextureHead
@@ -39,14 +40,27 @@ class Engine:
     Make one with `Engine.from_pretrained`. An engine keeps no state of a request, so threads may share it.
     """
 
-    def __init__(self, qwen: QwenVL, presets: configs.PresetChoice, notes: Sequence[str] = ()) -> None:
-        """Args: a loaded checkpoint; which configuration serves which image; what `describe` should note."""
+    def __init__(
+        self,
+        qwen: QwenVL,
+        presets: configs.PresetChoice,
+        notes: Sequence[str] = (),
+        built: BuiltEngines | None = None,
+    ) -> None:
+        """Make an engine.
+
+        Args:
+            qwen: a loaded checkpoint.
+            presets: which configuration serves which image.
+            notes: what `describe` should note.
+            built: LOD engines built ahead of time.
+        """
         self._qwen, self._presets, self._notes = qwen, presets, list(notes)
         base = presets.base
         self._cache = TileCache(base.cache_bytes, base.cache_half_life, base.cache_location)
         self._decoder: Decoder = TransformersDecoder(qwen)
         self._head = _texture_head(qwen, base)
-        self._viewer = Viewer(qwen, presets, self._cache, self._head)
+        self._viewer = Viewer(qwen, presets, self._cache, self._head, built)
 
     @classmethod
     def from_pretrained(
@@ -55,21 +69,30 @@ class Engine:
         preset: str | Path = "auto",
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        engines: str | Path | None = None,
         **overrides: Any,
     ) -> Engine:
         """Load a checkpoint and make an engine for it.
 
         Args:
             model: hub name or local folder of a Qwen3-VL checkpoint; None takes the bundled one.
-            preset: `auto` (chosen for each image by its size), a preset's name, or a YAML file.
+            preset: `auto` (chosen for each image by its size; `demo` for the bundled checkpoint, which has
+                seen no other tiles), a preset's name, or a YAML file.
             device: `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
             dtype: `auto` (bfloat16 on CUDA, else float32), `float32`, `bfloat16` or `float16`.
+            engines: folder that `arrcoc build` wrote; None encodes tiles with torch. With preset `auto` the
+                presets that the build is not for are encoded with torch, which `describe` notes.
             overrides: fields of `arrcoc.Config` to replace in the preset.
 
         Raises:
             ModelError: the checkpoint cannot be loaded.
             ConfigError: unknown preset, device, dtype or field.
+            EngineMismatchError: the engines were built from other weights, for another preset or device, by
+                another version, or their files were changed.
+            EngineBuildError: the Python package that runs the engines is not installed.
         """
+        if model is None and str(preset) == "auto":
+            preset = "demo"
         presets = configs.PresetChoice.make(preset, overrides)
         place = resolve_device(device)
         precision = resolve_dtype(dtype, place)
@@ -78,7 +101,11 @@ class Engine:
             model, note = bundled_checkpoint()
             notes.append(note)
             logger.warning(note)
-        return cls(load(model, place, precision), presets, notes)
+        qwen = load(model, place, precision)
+        if engines is None:
+            return cls(qwen, presets, notes)
+        built = BuiltEngines.open(engines, qwen)
+        return cls(qwen, presets, [*notes, *_unserved(built, presets)], built)
 
     def encode(self, image: ImageInput, question: str, budget: Budget = None) -> Encoding:
         """Encode an image for a question.
@@ -228,6 +255,18 @@ class Engine:
             return Answer(text, made, timer.milliseconds(), length, len(tokens), reason)
 
         return AnswerStream(pieces(), finish)
+
+
+def _unserved(built: BuiltEngines, presets: configs.PresetChoice) -> list[str]:
+    """Notes on the presets that a build is not for; raises `EngineMismatchError` if it is for none."""
+    others = [name for name, c in presets.by_name.items() if not built.serves(c.sides, c.halo)]
+    if not others:
+        return []
+    if len(others) == len(presets.by_name):
+        built.require(presets.base.sides, presets.base.halo)
+    note = f"The engines in {built.folder} are not for preset {', '.join(others)}: torch encodes its tiles."
+    logger.warning(note)
+    return [note]
 
 
 def _cache_facts(stats: CacheStats) -> dict[str, Any]:

@@ -100,8 +100,13 @@ class QwenVL:
 
         Two checkpoints with the same fingerprint encode pixels to the same features.
         """
+        return self.fingerprint_in(self.dtype)
+
+    def fingerprint_in(self, dtype: torch.dtype) -> str:
+        """What `fingerprint` is when the vision weights are cast to another precision."""
         digest = hashlib.blake2b(repr((self._pixel_stats, ARCHITECTURE)).encode(), digest_size=16)
-        for name, tensor in sorted(self.model.model.visual.state_dict().items()):
+        for name, stored in sorted(self.model.model.visual.state_dict().items()):
+            tensor = stored.to(dtype)
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(_checksum(tensor))
         return digest.hexdigest()

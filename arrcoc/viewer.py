@@ -17,7 +17,7 @@ from arrcoc.config import Config, PresetChoice
 from arrcoc.encoding import Encoding
 from arrcoc.errors import BudgetError, EngineMismatchError
 from arrcoc.kv import Prefix
-from arrcoc.lod import LodEngine, TorchLodEngine
+from arrcoc.lod import BuiltEngines, LodEngine, TorchLodEngine
 from arrcoc.pipeline import Pipeline, divide_budget
 from arrcoc.qwen import QwenVL
 from arrcoc.records import Grid, Layout, Lod
@@ -52,20 +52,34 @@ class Viewer:
     """One pipeline for each configuration of the presets; keeps no state of a request."""
 
     def __init__(
-        self, qwen: QwenVL, presets: PresetChoice, cache: TileCache, head: TextureHead | None
+        self,
+        qwen: QwenVL,
+        presets: PresetChoice,
+        cache: TileCache,
+        head: TextureHead | None,
+        built: BuiltEngines | None = None,
     ) -> None:
-        """Args: the checkpoint; which configuration serves which image; the tile cache; the texture head."""
+        """Make the pipelines.
+
+        Args:
+            qwen: the checkpoint.
+            presets: which configuration serves which image.
+            cache: the tile cache.
+            head: the learned texture head.
+            built: LOD engines for the configurations that they serve; torch serves the others.
+        """
         self._qwen, self._presets, self._cache, self._head = qwen, presets, cache, head
+        self._built = built
         # All engines are made here, so that no request pays for them or for the weights' fingerprint.
         self._lod_engines: dict[tuple[int, tuple[int, ...], int], LodEngine] = {}
         self._pipelines = {config: self._make_pipeline(config) for config in presets.by_name.values()}
 
     def backends(self) -> dict[str, str]:
-        """Backend of the LOD engine of each side."""
-        return {
-            str(side): engine.backend
-            for (side, *_), engine in sorted(self._lod_engines.items(), key=lambda item: item[0])
-        }
+        """Backend of the LOD engine of each side; all of them where configurations differ in it."""
+        found: dict[str, dict[str, None]] = {}
+        for (side, *_), engine in sorted(self._lod_engines.items(), key=lambda item: item[0]):
+            found.setdefault(str(side), {})[engine.backend] = None
+        return {side: ", ".join(names) for side, names in found.items()}
 
     def see(self, conversation: Conversation, budget: Budget, timer: StageTimer) -> list[Seen]:
         """Encode every image of a conversation for its question.
@@ -128,8 +142,17 @@ class Viewer:
         return self._pipelines[self._presets.choose(*pixels.shape[1:])]
 
     def _make_pipeline(self, config: Config) -> Pipeline:
-        engines = {lod: self._lod_engine(config.sides[lod], config.buckets, config.halo) for lod in Lod}
+        if self._built is not None and self._built.serves(config.sides, config.halo):
+            engines = {lod: self._built_engine(self._built, config, lod) for lod in Lod}
+        else:
+            engines = {lod: self._lod_engine(config.sides[lod], config.buckets, config.halo) for lod in Lod}
         return Pipeline(self._qwen, config, engines, self._cache, self._head)
+
+    def _built_engine(self, built: BuiltEngines, config: Config, lod: Lod) -> LodEngine:
+        key = config.sides[lod], config.buckets, config.halo
+        if key not in self._lod_engines:
+            self._lod_engines[key] = built.engine(config.sides[lod], config.buckets)
+        return self._lod_engines[key]
 
     def _lod_engine(self, side: int, buckets: tuple[int, ...], halo: int) -> LodEngine:
         key = side, buckets, halo

@@ -14,7 +14,8 @@ from arrcoc import errors
 EMPTY = inspect.Parameter.empty
 ENGINE: dict[str, list[tuple[str, Any]]] = {
     "from_pretrained": [
-        *(("model", None), ("preset", "auto"), ("device", "auto"), ("dtype", "auto"), ("**overrides", EMPTY)),
+        *(("model", None), ("preset", "auto"), ("device", "auto"), ("dtype", "auto"), ("engines", None)),
+        ("**overrides", EMPTY),
     ],
     "encode": [("image", EMPTY), ("question", EMPTY), ("budget", None)],
     "ask": [

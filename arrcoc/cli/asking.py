@@ -14,6 +14,7 @@ from arrcoc.cli.options import (
     Debug,
     Device,
     Dtype,
+    Engines,
     ImageArg,
     Json,
     LayoutName,
@@ -46,6 +47,7 @@ def ask(
     preset: Preset = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    engines: Engines = None,
     layout: LayoutName = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.0,
@@ -60,7 +62,7 @@ def ask(
         raise typer.BadParameter("--json and --stream exclude one another")
     with reporting(debug or ctx.obj):
         source = _image_source(image)
-        engine = _load(model, preset, device, dtype, layout)
+        engine = _load(model, preset, device, dtype, engines, layout)
         with working("looking at the image"):
             pieces = engine.stream(source, question, budget, max_new_tokens, temperature, seed=seed)
             text = "" if stream else "".join(pieces)
@@ -88,6 +90,7 @@ def encode(
     preset: Preset = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    engines: Engines = None,
     layout: LayoutName = None,
     plot: Plot = None,
     json: Json = False,
@@ -96,7 +99,7 @@ def encode(
     """Encode an image for a question, and write the vision tokens to a safetensors file."""
     with reporting(debug or ctx.obj):
         source = _image_source(image)
-        engine = _load(model, preset, device, dtype, layout)
+        engine = _load(model, preset, device, dtype, engines, layout)
         with working("encoding the image"):
             encoding = engine.encode(source, question, budget)
             encoding.save(out)
@@ -114,12 +117,13 @@ def describe(
     preset: Preset = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    engines: Engines = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what runs where: model, presets, backends, precision, cache, versions."""
     with reporting(debug or ctx.obj):
-        description = _load(model, preset, device, dtype, None).describe()
+        description = _load(model, preset, device, dtype, engines, None).describe()
         if json:
             from arrcoc.report import to_json
 
@@ -138,11 +142,13 @@ def _image_source(argument: str) -> str | bytes:
     return argument
 
 
-def _load(model: str | None, preset: str, device: str, dtype: str, layout: str | None) -> Engine:
+def _load(
+    model: str | None, preset: str, device: str, dtype: str, engines: Path | None, layout: str | None
+) -> Engine:
     with working("loading the model"):
         quiet_transformers()
         overrides: dict[str, Any] = {} if layout is None else {"layout": layout}
-        return arrcoc.Engine.from_pretrained(model, preset, device, dtype, **overrides)
+        return arrcoc.Engine.from_pretrained(model, preset, device, dtype, engines, **overrides)
 
 
 def _draw(encoding: Encoding, path: Path | None) -> None:

@@ -71,6 +71,9 @@ Model = Annotated[str | None, typer.Option(help="Qwen3-VL folder or hub name; de
 Preset = Annotated[str, typer.Option(help="auto, a preset's name, or a YAML file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Engines = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder that `arrcoc build` wrote; default: torch.")
+]
 LayoutName = Annotated[
     str | None, typer.Option("--layout", callback=_layout, metavar="|".join(LAYOUTS), help="Order of tokens.")
 ]

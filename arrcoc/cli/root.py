@@ -15,7 +15,7 @@ class _InOrder(TyperGroup):
     """Help lists the commands in this order: what people try first comes first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        order = ["demo", "ask", "encode", "describe", "fit", "eval"]
+        order = ["demo", "ask", "encode", "describe", "build", "fit", "eval"]
         return sorted(self.commands, key=order.index)
 
 

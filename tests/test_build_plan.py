@@ -1,0 +1,296 @@
+"""Plans of TensorRT-RTX, built without a GPU; the differences between versions; the module without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from enum import IntEnum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import arrcoc
+from arrcoc import EngineBuildError, EngineMismatchError, qwen
+from arrcoc.lod import BuiltEngines, TorchLodEngine, build, manifest, plan, plan_builder
+from arrcoc.lod.export import LEGACY_OPSET, export, relative_error
+from arrcoc.lod.recipe import Recipe
+from arrcoc.lod.tower import StaticTower
+
+PACKAGE = Path(arrcoc.__file__).parent
+CPU = torch.device("cpu")
+ARCHS = ("sm80", "sm89", "sm120")
+
+
+class Kinds86(IntEnum):
+    EXPLICIT_BATCH = 0
+    EXPLICIT_PRECISION = 1
+
+
+class Kinds10(IntEnum):
+    EXPLICIT_BATCH = 0
+    STRONGLY_TYPED = 1
+
+
+class Kinds11(IntEnum):
+    STRONGLY_TYPED = 1
+
+
+class Flags86(IntEnum):
+    FP16 = 0
+    TF32 = 7
+
+
+class Recorder:
+    """A builder's configuration that notes what is set."""
+
+    def __init__(self) -> None:
+        self.set: list[IntEnum] = []
+        self.cleared: list[IntEnum] = []
+
+    def set_flag(self, flag: IntEnum) -> None:
+        self.set.append(flag)
+
+    def clear_flag(self, flag: IntEnum) -> None:
+        self.cleared.append(flag)
+
+
+def fake(kinds: Any) -> Any:
+    """A TensorRT as far as flags go."""
+    return SimpleNamespace(
+        __name__="tensorrt", __version__="x", NetworkDefinitionCreationFlag=kinds, BuilderFlag=Flags86
+    )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "bits", "flags"),
+    [
+        (Kinds86, 0b01, [Flags86.FP16]),  # explicit batch; precision by flag
+        (Kinds10, 0b11, []),
+        (Kinds11, 0b10, []),
+    ],
+)
+def test_flags_of_each_version(kinds: Any, bits: int, flags: list[IntEnum]) -> None:
+    trt, config = fake(kinds), Recorder()
+    assert plan_builder.network_flags(trt) == bits
+    plan_builder.set_precision(trt, config, "fp16")
+    assert config.set == flags
+    plan_builder.set_precision(trt, config, "fp32")
+    assert config.cleared == [Flags86.TF32]
+
+
+def test_what_tensorrt_86_lacks_is_refused() -> None:
+    with pytest.raises(EngineBuildError, match="precision bf16 with tensorrt x, which does not have it"):
+        plan_builder.set_precision(fake(Kinds86), Recorder(), "bf16")
+    with pytest.raises(EngineBuildError, match="--arch sm89 with tensorrt, which builds for the GPU at hand"):
+        plan_builder.set_archs(fake(Kinds86), Recorder(), ("sm89",))
+    plan_builder.set_archs(fake(Kinds86), Recorder(), ("current",))
+
+
+class FakeTimings:
+    """A configuration with timing caches; one of b"old" is another GPU's."""
+
+    def create_timing_cache(self, data: bytes) -> Any:
+        return SimpleNamespace(data=data, serialize=lambda: data + b"+")
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        return bool(cache.data != b"old" or ignore_mismatch)
+
+
+def test_timing_cache_is_read_and_another_gpus_refused(tmp_path: Path) -> None:
+    path = tmp_path / "timings"
+    assert plan_builder._read_timings(FakeTimings(), None) is None
+    assert plan_builder._read_timings(FakeTimings(), path).data == b""
+    path.write_bytes(b"new")
+    assert plan_builder._read_timings(FakeTimings(), path).data == b"new"
+    path.write_bytes(b"old")
+    with pytest.raises(
+        EngineBuildError, match=r"timings, which was made by another version or for another GPU"
+    ):
+        plan_builder._read_timings(FakeTimings(), path)
+
+
+class FakeContext:
+    """An execution context of one input `a` of at most 4 rows and one output `b` of the same shape."""
+
+    def __init__(self) -> None:
+        self.addresses: dict[str, int] = {}
+        self.streams: list[int] = []
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        return shape[0] <= 4
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return address % 256 == 0
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.streams.append(stream)
+        return stream != 13
+
+
+def test_context_binds_and_enqueues() -> None:
+    fake = FakeContext()
+    context = plan.Context(fake, ["a"], ["b"])
+    assert context.bind({"a": [3, 5]}) == {"b": (3, 5)}
+    context.enqueue({"a": 512, "b": 1024}, 7)
+    assert (fake.addresses, fake.streams) == ({"a": 512, "b": 1024}, [7])
+    with pytest.raises(EngineMismatchError, match=r"input a of shape \(5, 5\)"):
+        context.bind({"a": [5, 5]})
+    with pytest.raises(RuntimeError, match="address of b"):
+        context.enqueue({"a": 512, "b": 1}, 7)
+    with pytest.raises(RuntimeError, match="refused to enqueue"):
+        context.enqueue({"a": 512, "b": 1024}, 13)
+
+
+def test_plan_modules_need_neither_torch_nor_a_newer_python() -> None:
+    """TensorRT 8.6.0 wants Python 3.9, where there is no torch of ours, no pydantic and no typer."""
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'pydantic', 'typer', 'yaml', 'transformers'):\n"
+        "    sys.modules[name] = None\n"
+        "import arrcoc.lod.plan_builder, arrcoc.lod.plan"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
+    for name in ("__init__", "errors", "lod/__init__", "lod/plan", "lod/plan_builder"):
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text("utf-8"), feature_version=(3, 9))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        words = {(getattr(c.func, "id", ""), word.arg) for c in calls for word in c.keywords}
+        assert not words & {("zip", "strict"), ("dataclass", "slots"), ("dataclass", "kw_only")}
+
+
+def test_missing_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(
+        EngineBuildError, match=r"backend tensorrt, .*pip install tensorrt, or choose another"
+    ):
+        plan.trt_module("tensorrt")
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Any:
+    return pytest.importorskip("tensorrt_rtx", reason="needs arrcoc's extra tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def half(tiny_checkpoint: Path) -> qwen.QwenVL:
+    return qwen.load(tiny_checkpoint, CPU, torch.float16)
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    values = {"preset": "demo", "backend": "tensorrt_rtx", "arch": ARCHS, "out": folder}
+    return Recipe.make(values | {"max_batch": (4, 4, 2, 2)} | changes)
+
+
+@pytest.fixture(scope="module")
+def shared_plan(rtx: Any, half: qwen.QwenVL, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One plan for three architectures and four LODs; do not change it."""
+    out = tmp_path_factory.mktemp("plans") / "shared"
+    phases = []
+    build.build(recipe(out), half, lambda what, done, total: phases.append((what, done, total)))
+    assert ("building tower.plan", 0, 0) in phases
+    assert any(done == total > 1 for _, done, total in phases), "the builder's own phases are told"
+    return out
+
+
+def test_one_plan_has_a_profile_for_each_lod(shared_plan: Path, half: qwen.QwenVL) -> None:
+    made = manifest.read(shared_plan)
+    assert made.archs == ARCHS
+    assert made.precision == "fp16"
+    assert made.weights == half.fingerprint
+    assert [(lod.file, lod.profile) for lod in made.lods] == [("tower.plan", i) for i in range(4)]
+    assert {path.name for path in shared_plan.iterdir()} == {"manifest.json", "tower.plan"}
+    # fp16 weights of the tower, once for all LODs and architectures, and code beside them.
+    weights = 2 * sum(p.numel() for p in half.model.model.visual.parameters())
+    assert made.files["tower.plan"].bytes > weights
+
+
+def test_four_plans_where_asked(
+    rtx: Any, half: qwen.QwenVL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By way of opset 17, as for TensorRT 8.6."""
+    monkeypatch.setattr(build, "OPSET", LEGACY_OPSET)
+    more = {"separate": True, "arch": ("sm89",), "workspace_gb": 1}
+    made = build.build(recipe(tmp_path / "four", **more), half)
+    assert made.opset == 17
+    assert [(lod.file, lod.profile) for lod in made.lods] == [(f"side{s}.plan", 0) for s in (1, 2, 3, 4)]
+    assert set(made.files) == {f"side{s}.plan" for s in (1, 2, 3, 4)}
+    assert made.separate
+    assert "--separate" in made.rebuild(tmp_path)
+
+
+def test_tampered_plan_is_refused_before_it_is_deserialised(
+    shared_plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(shared_plan, tmp_path / "copy"))
+    data = bytearray((copy / "tower.plan").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "tower.plan").write_bytes(data)
+    made = manifest.read(copy)
+    here: Any = SimpleNamespace(device=torch.device("cuda"), vision=None, dtype=torch.float16)
+    with pytest.raises(EngineMismatchError, match=r"sha256 of tower\.plan.*Build again: arrcoc build"):
+        BuiltEngines(copy, made, here).engine(2, (1, 2))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA driver")
+def test_runtime_without_a_driver_says_so(shared_plan: Path) -> None:
+    with pytest.raises(EngineMismatchError, match=r"refused: .*CUDA driver"):
+        plan.Plan("tensorrt_rtx", (shared_plan / "tower.plan").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def graph(half: qwen.QwenVL, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graph") / "tower.onnx"
+    export(StaticTower(half.vision), path, LEGACY_OPSET)
+    return path
+
+
+def test_refusals_of_parser_and_builder_are_named(
+    rtx: Any, half: qwen.QwenVL, graph: Path, tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs arrcoc's extra onnx")
+    model = onnx.load(graph)
+    next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "Softmacks"
+    onnx.save(model, tmp_path / "odd.onnx")
+    options = plan_builder.PlanOptions("fp16", ("sm89",))
+    profile = build.profile(half.vision, 1, 0, 1)
+    with pytest.raises(EngineBuildError, match=r"odd\.onnx \(at the parser\), refused by .*Softmacks"):
+        plan_builder.build("tensorrt_rtx", tmp_path / "odd.onnx", [profile], options)
+    wrong = profile | {"cos": ((4, 7), (4, 7), (4, 7))}
+    with pytest.raises(EngineBuildError, match="cos"):
+        plan_builder.build("tensorrt_rtx", graph, [wrong], options)
+    with pytest.raises(EngineBuildError, match=r"architecture 'sm90' with tensorrt_rtx .*sm80, sm86, sm89"):
+        plan_builder.build("tensorrt_rtx", graph, [profile], plan_builder.PlanOptions("fp16", ("sm90",)))
+
+
+@pytest.mark.gpu
+def test_plan_computes_what_torch_does(rtx: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """On an RTX-class GPU: every LOD, a padded batch, and two streams in turn."""
+    major, minor = torch.cuda.get_device_capability()
+    if f"sm{major}{minor}" not in plan_builder.known_archs(rtx):
+        pytest.skip(f"TensorRT-RTX does not run on compute capability {major}.{minor}")
+    half = qwen.load(tiny_checkpoint, CPU, torch.float16)
+    build.build(recipe(tmp_path / "here", arch=("current",)), half)
+    on_gpu = qwen.load(tiny_checkpoint, torch.device("cuda"), torch.float16)
+    opened = BuiltEngines.open(tmp_path / "here", on_gpu)
+    for side in (1, 2, 3, 4):
+        edge = (side + 2) * 32
+        pixels = torch.randint(0, 256, (3, 3, edge, edge), dtype=torch.uint8, device="cuda")
+        engine, reference = opened.engine(side, (1, 2, 4)), TorchLodEngine(on_gpu, side, (1, 2, 4), 1)
+        first = engine.encode(pixels)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            second = engine.encode(pixels.flip(0))
+        torch.cuda.synchronize()
+        expected = reference.encode(pixels)
+        assert relative_error(first.tokens, expected.tokens) < 1e-2
+        assert relative_error(first.deepstack, expected.deepstack) < 1e-2
+        assert relative_error(second.tokens.flip(0), expected.tokens) < 1e-2
