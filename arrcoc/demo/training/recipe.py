@@ -16,9 +16,9 @@ import numpy as np
 _LEAST_BATCH, _MOST_BATCH = 4, 384
 
 _PATCH_US, _PAIR_US, _TOKEN_US, _EXAMPLE_US = 0.22, 7.0e-5, 0.5, 60.0
-"""Estimate, from arithmetic and bytes moved, of the device time of a training example on an H200, forward and
-backward: for each patch, each pair of patches that attend to each other, each token of the text model, and for
-the example itself. Their ratios set how large the batches of different modes are."""
+"""Estimated device time of an example on an H200, forward and backward: for each patch, each pair of patches
+that attend to each other, each token of the text model, and for the example itself. Only their ratios matter:
+they set how large the batches of different modes are."""
 
 
 @dataclass(frozen=True, slots=True)
