@@ -85,6 +85,11 @@ class Lab:
         return cls(load(source, place, resolve_dtype(dtype, place)), presets, max_new_tokens, seed)
 
     @property
+    def texture_head(self) -> scorers.TextureHead | None:
+        """The learned scorer that method `arrcoc` asks, if there is one."""
+        return self.engine._head
+
+    @property
     def max_new_tokens(self) -> int:
         """Longest answer, in tokens."""
         return self._sampling.max_new_tokens

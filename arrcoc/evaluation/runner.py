@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 
 from arrcoc import image
 from arrcoc.errors import BudgetError
@@ -149,7 +150,8 @@ def identity(lab: Lab, cases: Cases) -> dict[str, Any]:
     return {
         "data": cases.identity,
         "model": Path(lab.qwen.name).name,
-        "weights": weights_digest(lab),
+        "weights": weights_digest(lab.qwen.model),
+        "texture_head": None if lab.texture_head is None else weights_digest(lab.texture_head),
         "dtype": str(lab.qwen.dtype).removeprefix("torch."),
         "device": lab.qwen.device.type,
         "seed": lab.seed,
@@ -158,10 +160,10 @@ def identity(lab: Lab, cases: Cases) -> dict[str, Any]:
     }
 
 
-def weights_digest(lab: Lab) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Hex digest of names, shapes and bits of all weights; sums of integers, so the same on every device."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(lab.qwen.model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         words = tensor.detach().contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
         digest.update(
             f"{name}{tuple(tensor.shape)}{tensor.dtype}{int(words.sum(dtype=torch.int64))}".encode()
