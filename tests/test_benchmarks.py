@@ -159,6 +159,9 @@ def test_pages_hold_marked_tables(tables: ModuleType) -> None:
     """So that the test above compares something, and a changed figure or a misspelt name is seen."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"<!-- ((?:results|configs):\S+) -->", readme) == [
+        "results:accuracy",
+        "results:accuracy-times",
+        "results:accuracy-families",
         "configs:presets",
         "results:stages-h200-2b",
         "results:stages",

@@ -63,7 +63,7 @@ def test_readme_lists_every_error() -> None:
 
 def test_readme_lists_every_layout() -> None:
     named = re.findall(
-        r"^\| `(\w+)`(?: \(default\))? \| (?:the glimpse|each tile)", text("README.md"), re.MULTILINE
+        r"^\| `(\w+)`(?: \(default\))? \| (?:the overview|each tile)", text("README.md"), re.MULTILINE
     )
     assert set(named) == {layout.value for layout in arrcoc.Layout}
     assert f"`{arrcoc.Config().layout.value}` (default)" in text("README.md")

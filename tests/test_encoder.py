@@ -11,7 +11,7 @@ from arrcoc.config import load
 from arrcoc.encoder import TileEncoder
 from arrcoc.records import Features, Lod
 
-CONFIG = load("demo")
+CONFIG = load("demo").updated({"halo": 0})
 CPU = torch.device("cpu")
 
 

@@ -22,7 +22,8 @@ QUESTIONS = ("What is on her sleeve?", "Which colour is the rocket?")
 
 
 def make_engine(folder, preset="demo", **overrides) -> Engine:
-    return Engine.from_pretrained(folder, preset=preset, device="cpu", **overrides)
+    """Without a halo unless asked for: what equals the stock model is a tile that sees nothing else."""
+    return Engine.from_pretrained(folder, preset=preset, device="cpu", **({"halo": 0} | overrides))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,7 @@ def test_a_halo_reaches_every_tile_and_repeats_from_the_cache(glimpse, tiny_chec
 
 
 def scores_both_ways(qwen, photo):
-    config, device = load("demo"), qwen.device
+    config, device = load("demo").updated({"halo": 0}), qwen.device
     frame = image.frame(image.decode(photo, 10**8), config, qwen.vision.token_px, device)
     maps, query = texture.extract(frame, config), qwen.query(QUESTIONS[0])
     features = JointGlimpse(qwen).encode(frame)
@@ -276,7 +277,9 @@ def test_scores_on_streams_equal_scores_in_sequence_on_cuda(tiny_checkpoint, pho
 @pytest.mark.gpu
 def test_an_engine_on_streams_equals_one_in_sequence_on_cuda(tiny_checkpoint, photo, monkeypatch):
     def run():
-        engine = Engine.from_pretrained(tiny_checkpoint, preset="demo", device="cuda", dtype="float32")
+        engine = Engine.from_pretrained(
+            tiny_checkpoint, preset="demo", device="cuda", dtype="float32", halo=0
+        )
         return [engine.ask(photo, question, budget=0.4, max_new_tokens=8) for question in QUESTIONS]
 
     side_by_side = run()
@@ -349,7 +352,7 @@ def test_a_reused_prefix_equals_a_run_from_scratch(layout, tiny_checkpoint, phot
 
 def test_tiles_glimpse_equals_background_tiles(tiny_checkpoint, photo):
     """A glimpse made tile by tile holds each background tile as its engine encodes it."""
-    config = build(load("demo").model_dump() | {"glimpse": "tiles"})
+    config = build(load("demo").model_dump() | {"glimpse": "tiles", "halo": 0})
     engine = make_engine(tiny_checkpoint, glimpse="tiles")
     encoding = engine.encode(photo, QUESTIONS[0], budget=0.2)
     frame = image.frame(image.decode(photo, 10**8), config, 32, CPU)

@@ -57,7 +57,7 @@ def test_a_budget_outside_the_sums_is_refused(budget: int) -> None:
         divide_budget(budget, [(10, 100), (20, 200)])
 
 
-SMALL = {"preset": "demo", "max_tiles": 12}
+SMALL = {"preset": "demo", "max_tiles": 12, "halo": 0}
 
 
 @pytest.fixture(scope="module")
