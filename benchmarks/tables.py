@@ -115,6 +115,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "results:stage-shares": lambda results: shares(_read(results / "stages.json")),
     "results:accuracy": _measured("accuracy.json", accuracy_table),
     "results:accuracy-times": _measured("accuracy_times.json", accuracy_times),
+    "results:accuracy-pictures": _measured("accuracy_pictures.json", accuracy_table),
     "results:accuracy-families": _measured("accuracy.json", accuracy_families),
     "results:relevance": _measured("relevance.json", relevance_table),
     "results:relevance-families": _measured("relevance.json", lambda r: relevance_families(r, "auc")),

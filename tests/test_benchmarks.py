@@ -162,6 +162,7 @@ def test_pages_hold_marked_tables(tables: ModuleType) -> None:
         "results:accuracy",
         "results:accuracy-times",
         "results:accuracy-families",
+        "results:accuracy-pictures",
         "configs:presets",
         "results:stages-h200-2b",
         "results:stages",
