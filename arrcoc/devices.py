@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from arrcoc.errors import ConfigError
 
@@ -47,3 +49,26 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the host to CUDA through pinned memory, on the current stream.
+
+    The host does not wait for the transfer. The tensor given may be changed or freed at once, unless it is
+    pinned itself: then it may be freed.
+    """
+    if tensor.is_cuda or device.type != "cuda":
+        return tensor
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
+
+
+def host_bytes(shape: tuple[int, ...], *, pinned: bool = False) -> Tensor:
+    """An uninitialised uint8 tensor in the host's memory.
+
+    What is not pinned is numpy's: it asks Linux for huge pages, torch does not, and first touching tens of
+    megabytes page by page takes longer than filling them.
+    """
+    if pinned:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(np.empty(shape, dtype=np.uint8))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arrcoc import area_kernel
 from arrcoc.config import Config
+from arrcoc.hashing import hash_tiles, tile_hashes
+from arrcoc.host_tiles import squares
 from arrcoc.pixels import ImageInput, decode
 from arrcoc.records import Frame, Grid
+from arrcoc.resample import area_resample
+from arrcoc.transfer import to_device
 
 __all__ = [
     "ImageInput",
@@ -27,10 +33,8 @@ __all__ = [
     "tile_pixels",
 ]
 
-_CHUNK = 1 << 22  # elements of a working tensor on the CPU
 _STEEP = 16  # CUDA's antialiased filter runs out of shared memory at about 23
-_HASH_SEED = 0x41525243_4F43
-_WORD = 0xFFFF_FFFF
+_AT_ONCE = 1 << 26  # pixels whose three planes a GPU resizes in one go
 
 
 def choose_grid(
@@ -112,7 +116,7 @@ def frame(pixels: Tensor, config: Config, token_px: int, device: torch.device) -
     source = (int(pixels.shape[1]), int(pixels.shape[2]))
     tile = config.sides[3] * token_px
     grid, content = choose_grid(*source, tile, config.max_tiles, config.max_distortion)
-    framed = _padded(_resize(pixels.to(device), content), grid)
+    framed = _padded(_resize(pixels.to(device, non_blocking=True), content), grid)
     sy, sx = content[0] / source[0], content[1] / source[1]
     return Frame(
         pixels=framed,
@@ -127,24 +131,25 @@ def frame(pixels: Tensor, config: Config, token_px: int, device: torch.device) -
 
 
 def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [3, h, w] to `size`; plane by plane, because the fp32 planes of a large image are large."""
+    """uint8 [3, h, w] to `size`; a large image plane by plane, because fp32 planes are large."""
     if tuple(pixels.shape[-2:]) == size:
         return pixels
-    return torch.stack([_resize_plane(plane, size) for plane in pixels])
+    at_once = pixels.is_cuda and max(pixels[0].numel(), math.prod(size)) <= _AT_ONCE
+    return torch.cat([_resize_planes(part, size) for part in torch.split(pixels, 3 if at_once else 1)])
 
 
-def _resize_plane(plane: Tensor, size: tuple[int, int]) -> Tensor:
-    """One plane; a reduction too steep for the filter on CUDA begins with means, to 8 times the size."""
+def _resize_planes(planes: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [N, h, w]; a reduction too steep for CUDA's filter begins with means, to 8 times the size."""
     if size[1] == 1 < size[0]:
         # torch 2.13's antialiased filter on the CPU repeats the first row when the result is one column.
-        return _resize_plane(plane.T.contiguous(), (1, size[0])).T
-    wide = plane[None, None].float()
-    pairs = list(zip(plane.shape, size, strict=True))
+        return _resize_planes(planes.mT.contiguous(), (1, size[0])).mT
+    wide = planes[:, None].float()
+    pairs = list(zip(planes.shape[1:], size, strict=True))
     if any(old > _STEEP * new for old, new in pairs):
         rows, cols = (8 * new if old > _STEEP * new else old for old, new in pairs)
         wide = F.adaptive_avg_pool2d(wide, (rows, cols))
     wide = F.interpolate(wide, size, mode="bicubic", align_corners=False, antialias=True)
-    return wide[0, 0].clamp_(0, 255).round_().to(torch.uint8)
+    return wide[:, 0].clamp_(0, 255).round_().to(torch.uint8)
 
 
 def _padded(content: Tensor, grid: Grid) -> Tensor:
@@ -157,61 +162,6 @@ def _padded(content: Tensor, grid: Grid) -> Tensor:
     padded[:, :height, width:] = content[:, :, -1:]
     padded[:, height:] = padded[:, height - 1 : height]
     return padded
-
-
-def area_resample(pixels: Tensor, factor_in: int, factor_out: int) -> Tensor:
-    """Resample by factor_out/factor_in with an exact area (box) filter.
-
-    With the ratio p/q in lowest terms, every group of q pixels along an axis becomes p pixels, each
-    the mean of what it covers, fractions included. So no window reaches beyond its group, nor
-    beyond a tile whose edge is a multiple of q. All arithmetic is on integers (overlaps are counted
-    in 1/p pixels): results are exact and equal on every device and for every batch.
-
-    Args:
-        pixels: uint8 [..., h, w] with h and w multiples of q.
-        factor_in: any multiple of q.
-        factor_out: the same multiple of p.
-
-    Returns:
-        uint8 [..., h*p/q, w*p/q], rounded half up; `pixels` itself where the factors are equal.
-    """
-    common = math.gcd(factor_in, factor_out)
-    q, p = factor_in // common, factor_out // common
-    *lead, height, width = pixels.shape
-    assert pixels.dtype == torch.uint8
-    assert (height % q, width % q) == (0, 0)
-    assert q <= 2048, "sums must stay within 31 bits"
-    if p == q:
-        return pixels
-    bands = pixels.reshape(-1, q, width)
-    out = pixels.new_empty(bands.shape[0], p, width // q * p)
-    step = max(1, _chunk(pixels.device) // (max(q, p) * width))
-    for start in range(0, bands.shape[0], step):
-        rows = _box_sums(bands[start : start + step].int(), q, p, dim=1)
-        sums = _box_sums(rows.reshape(*rows.shape[:2], width // q, q), q, p, dim=3).flatten(2)
-        out[start : start + step] = (2 * sums + q * q) // (2 * q * q)
-    return out.reshape(*lead, height // q * p, width // q * p)
-
-
-def _chunk(device: torch.device) -> int:
-    """Most elements of a working tensor: what suits a CPU's caches leaves a GPU waiting for launches."""
-    return _CHUNK if device.type == "cpu" else 4 * _CHUNK
-
-
-def _box_sums(groups: Tensor, q: int, p: int, dim: int) -> Tensor:
-    """int32 sums over p windows of an axis of q pixels, weighted by overlap in 1/p pixels.
-
-    Pixel j spans [j*p, (j+1)*p), window i spans [i*q, (i+1)*q): weights of a window add up to q.
-    """
-    taps = groups.unbind(dim)
-    windows = []
-    for i in range(p):
-        first, last = i * q // p, ((i + 1) * q - 1) // p
-        total = torch.zeros_like(taps[0])
-        for j in range(first, last + 1):
-            total.add_(taps[j], alpha=min((i + 1) * q, (j + 1) * p) - max(i * q, j * p))
-        windows.append(total)
-    return torch.stack(windows, dim)
 
 
 def tile_pixels(frame: Frame, side_px: int, index: Tensor, margin: int = 0) -> Tensor:
@@ -227,19 +177,26 @@ def tile_pixels(frame: Frame, side_px: int, index: Tensor, margin: int = 0) -> T
         uint8 [K, 3, side_px + 2*margin, side_px + 2*margin], bit-equal to slices of the whole frame's level,
         which goes on beyond the frame with its edge pixels repeated.
     """
-    grid = frame.grid
-    if margin == 0:
-        return area_resample(_cut(frame.pixels, grid, index), grid.tile, side_px)
+    grid, where = frame.grid, to_device(index, frame.pixels.device)
     common = math.gcd(grid.tile, side_px)
     q, p = grid.tile // common, side_px // common
+    if area_kernel.runs_on(frame.pixels.device):
+        return area_kernel.resample_tiles(frame.pixels, where, grid.cols, side_px, q, p, margin)
+    if margin == 0:
+        return area_resample(_cut(frame.pixels, grid, where), grid.tile, side_px)
+    if q == p and not frame.pixels.is_cuda:
+        return squares(repeat(frame.pixels), _corners(grid, where, side_px, margin), side_px + 2 * margin)
     reach = -(-margin // p)  # groups of q pixels, which become p: a margin may end inside one
     span, groups = common + 2 * reach, (grid.rows * common, grid.cols * common)
-    where = index.to(frame.pixels.device)
     places = where // grid.cols, where % grid.cols
     starts = [
         (at * common - reach).clamp(0, max(count - span, 0)) for at, count in zip(places, groups, strict=True)
     ]
     level = area_resample(_windows(frame.pixels, starts, span, q), q, p)
+    if not level.is_cuda:
+        begins = zip(*((start * p).tolist() for start in starts), strict=True)
+        corners = zip(_corners(grid, where, side_px, margin), begins, strict=True)
+        return squares(level, [(y - dy, x - dx) for (y, x), (dy, dx) in corners], side_px + 2 * margin)
     # The level's own edge pixels are repeated, not the frame's: so places are clamped at the level.
     steps = torch.arange(-margin, side_px + margin, device=where.device)
     down, right = (
@@ -277,60 +234,19 @@ def overview_pixels(frame: Frame, height: int, width: int) -> Tensor:
     return small[0].round_().clamp_(0, 255).to(torch.uint8)
 
 
+def _corners(grid: Grid, index: Tensor, side_px: int, margin: int) -> list[tuple[int, int]]:
+    """Top and left of tiles with a margin, at the level where a tile's edge is `side_px` pixels."""
+    places = (divmod(tile, grid.cols) for tile in index.tolist())
+    return [(row * side_px - margin, col * side_px - margin) for row, col in places]
+
+
 def _cut(pixels: Tensor, grid: Grid, index: Tensor) -> Tensor:
-    """Native tiles uint8 [K, 3, tile, tile]."""
+    """Native tiles uint8 [K, 3, tile, tile]; `index` lies where the pixels do."""
     assert tuple(pixels.shape) == (3, grid.height, grid.width)
+    if not pixels.is_cuda:
+        return squares(repeat(pixels), _corners(grid, index, grid.tile, 0), grid.tile)
     tiled = pixels.view(3, grid.rows, grid.tile, grid.cols, grid.tile)
-    where = index.to(pixels.device)
-    return tiled[:, where // grid.cols, :, where % grid.cols]
-
-
-def tile_hashes(pixels: Tensor, grid: Grid) -> Tensor:
-    """Hash the pixels of every tile to 128 bits.
-
-    Four independent multilinear hashes: h = (m0 + m1*tile + sum of m(i+2) * word(i) mod 2**64) >> 32
-    with random 64-bit m and the tile's bytes as little-endian 32-bit words, which is strongly
-    universal (Lemire & Kaser 2014, "Strongly universal string hashing is fast"). The
-    size of the tile counts as the first word, so that tiles of two sizes are told apart. Integer
-    arithmetic throughout: equal on every device. Not meant against an adversary, the seed is fixed.
-
-    Args:
-        pixels: uint8 [3, R*tile, C*tile].
-        grid: the tile grid.
-
-    Returns:
-        int64 [R*C, 4], each in [0, 2**32), raster order.
-    """
-    every = torch.arange(grid.count, device=pixels.device)
-    parts = torch.split(every, _tiles_at_once(grid.tile, pixels.device))
-    return torch.cat([_hash(_cut(pixels, grid, index)) for index in parts])
-
-
-def hash_tiles(tiles: Tensor) -> Tensor:
-    """`tile_hashes` of tiles that are cut already: uint8 [K, 3, t, t] to int64 [K, 4]."""
-    parts = torch.split(tiles, _tiles_at_once(tiles.shape[-1], tiles.device))
-    return torch.cat([_hash(part) for part in parts])
-
-
-def _tiles_at_once(tile: int, device: torch.device) -> int:
-    return max(1, _chunk(device) // -(-3 * tile**2 // 4))
-
-
-def _hash(tiles: Tensor) -> Tensor:
-    """The hash of `tile_hashes`, uint8 [K, 3, t, t] to int64 [K, 4]."""
-    count, channels, height, tile = tiles.shape
-    assert (tiles.dtype, channels, height) == (torch.uint8, 3, tile), (tiles.dtype, tiles.shape)
-    n_bytes = 3 * tile**2
-    n_words = -(-n_bytes // 4)
-    multipliers = _multipliers(n_words, tiles.device)
-    raw = F.pad(tiles.reshape(count, n_bytes), (0, 4 * n_words - n_bytes))
-    words = raw.view(torch.int32).to(torch.int64) & _WORD
-    sums = torch.stack([(words * multipliers[row, 2:]).sum(1) for row in range(4)], dim=1)
-    return ((sums + multipliers[:, 0] + multipliers[:, 1] * tile) >> 32) & _WORD
-
-
-@lru_cache(maxsize=16)
-def _multipliers(n_words: int, device: torch.device) -> Tensor:
-    """int64 [4, n_words + 2]; Philox, because numpy promises never to change its stream."""
-    streams = [np.random.Philox(key=_HASH_SEED + row).random_raw(n_words + 2) for row in range(4)]
-    return torch.from_numpy(np.stack(streams).view(np.int64)).to(device)
+    if grid.tile % 8 == 0:  # by the word: indexing counts elements
+        words = tiled.view(torch.int64)
+        return words[:, index // grid.cols, :, index % grid.cols].view(torch.uint8)
+    return tiled[:, index // grid.cols, :, index % grid.cols]

@@ -14,6 +14,8 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
 from urllib.parse import unquote, urlsplit
@@ -21,11 +23,15 @@ from urllib.request import url2pathname
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
+from arrcoc import jpeg
+from arrcoc.devices import host_bytes, upload
 from arrcoc.errors import ImageError
 from arrcoc.samples import check_size, from_array, from_tensor
+from arrcoc.streams import parallel
 
 ImageInput = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | Tensor
 """What `decode` accepts: a path, an encoded file, a PIL image, an array or a tensor."""
@@ -34,6 +40,8 @@ FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "PPM")
 """File formats that are read, by Pillow's names. Formats are listed because some of Pillow's plugins
 start other programs (EPS), hide the size of what they unpack (ICO) or accept cut files (JPEG 2000)."""
 
+_STRIP: Final = 64  # rows
+_CPU: Final = torch.device("cpu")
 _LOG = logging.getLogger(__name__)
 _PIL_LIMIT = 89_478_485  # Pillow's default for Image.MAX_IMAGE_PIXELS
 _PILLOW_LOCK = threading.Lock()
@@ -50,8 +58,27 @@ _ORIENTATIONS: dict[int, tuple[bool, tuple[int, ...]]] = {
 }
 
 
-def decode(source: ImageInput, max_pixels: int) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where an image goes, and under which limit.
+
+    Attributes:
+        max_pixels: most pixels.
+        device: where its pixels go.
+        nvjpeg: whether nvJPEG decodes the JPEG files that it can.
+    """
+
+    max_pixels: int
+    device: torch.device
+    nvjpeg: bool
+
+
+def decode(source: ImageInput, max_pixels: int, device: torch.device = _CPU, nvjpeg: bool = False) -> Tensor:
     """Decode an image to RGB, with its EXIF orientation applied and laid over white.
+
+    On CUDA the upload, from pinned memory, and what follows it run beside the caller's stream: the host does
+    not wait for them, the stream does. nvJPEG's pixels differ from the CPU's by what its own inverse
+    transform and upsampling of colour make (see `tests/test_jpeg.py` for the bounds).
 
     Args:
         source: a path or `file://` URL; a `data:image/...;base64,` string; an encoded file as bytes;
@@ -59,27 +86,36 @@ def decode(source: ImageInput, max_pixels: int) -> Tensor:
             Arrays and tensors hold bool, uint8, uint16, or floats in [0, 1]. Of an animation the
             frame that Pillow stands at is taken (the first, for files), with a warning in the log.
         max_pixels: most pixels of an image; files beyond it are refused before they are decoded.
+        device: where the pixels go.
+        nvjpeg: decode JPEG files by nvJPEG where they are plain (`arrcoc.jpeg`); needs a CUDA device that
+            is not `jpeg.unusable`.
 
     Returns:
-        uint8 [3, h, w], contiguous and sharing no memory with the source; on the CPU, or where the
-        tensor given lies.
+        uint8 [3, h, w], contiguous and sharing no memory with the source; on `device`, or on the CUDA
+        device where the tensor given lies.
 
     Raises:
         ImageError: the source cannot be read, is damaged, of another format, dtype or shape, or
             outside the limits. Whatever the bytes, nothing else is raised.
     """
+    target = _Target(max_pixels, device, nvjpeg)
+    (pixels,) = parallel([partial(_decode, source, target)], device)
+    return pixels
+
+
+def _decode(source: ImageInput, target: _Target) -> Tensor:
     if isinstance(source, Image.Image):
-        return _from_pil(source, "the PIL image", max_pixels)
+        return _from_pil(source, "the PIL image", target)
     if isinstance(source, np.ndarray):
-        return from_array(source, max_pixels)
+        return upload(from_array(source, target.max_pixels), target.device)
     if isinstance(source, Tensor):
-        return from_tensor(source, max_pixels)
+        return upload(from_tensor(source, target.max_pixels), target.device)
     if isinstance(source, str) and source[:5].lower() == "data:":
         source = _data_url_bytes(source)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_file(io.BytesIO(source), "the bytes given", max_pixels)
+        return _from_file(io.BytesIO(source), "the bytes given", target)
     if isinstance(source, str | os.PathLike):
-        return _from_path(_local_path(os.fsdecode(source)), max_pixels)
+        return _from_path(_local_path(os.fsdecode(source)), target)
     raise ImageError(
         f"an image of type {type(source).__name__}",
         "a path, bytes, a PIL image, a numpy array or a torch tensor",
@@ -117,22 +153,32 @@ def _data_url_bytes(text: str) -> bytes:
         ) from error
 
 
-def _from_path(path: Path, max_pixels: int) -> Tensor:
+def _from_path(path: Path, target: _Target) -> Tensor:
     """Decode a file; only regular files are opened, for reading a pipe could wait for ever."""
     name = _short(str(path))
     try:
         if path.is_file():
             with path.open("rb") as file:
-                return _from_file(file, name, max_pixels)
+                return _from_file(file, name, target)
         what = "is a directory" if path.is_dir() else "is no file" if path.exists() else "does not exist"
     except (OSError, ValueError) as error:
         what = f"cannot be read ({getattr(error, 'strerror', None) or type(error).__name__})"
     raise ImageError(f"{name} {what}", "the path of a readable image file", "Check the path")
 
 
-def _from_file(file: IO[bytes], name: str, max_pixels: int) -> Tensor:
+def _from_file(file: IO[bytes], name: str, target: _Target) -> Tensor:
     """Decode an encoded file."""
-    return _from_pil(_open(file, name), name, max_pixels)
+    image = _open(file, name)
+    if target.nvjpeg and image.format in ("JPEG", "MPO"):
+        width, height = image.size
+        check_size(height, width, target.max_pixels)
+        file.seek(0)
+        pixels = jpeg.decode(file.read(), height, width, target.device)
+        if pixels is not None:
+            return _oriented(pixels, _orientation(image, name))
+        file.seek(0)
+        image = _open(file, name)
+    return _from_pil(image, name, target)
 
 
 def _open(file: IO[bytes], name: str) -> Image.Image:
@@ -157,20 +203,37 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
     raise ImageError(f"{name}: not a known image format", ", ".join(FORMATS), "Convert it to PNG or JPEG")
 
 
-def _from_pil(image: Image.Image, name: str, max_pixels: int) -> Tensor:
+def _from_pil(image: Image.Image, name: str, target: _Target) -> Tensor:
     """Decode a PIL image; its size is checked before its pixels are touched."""
     width, height = image.size
-    check_size(height, width, max_pixels)
+    check_size(height, width, target.max_pixels)
     try:
         with _pillow_settings(height * width):
             image.load()
-            array, orientation = _samples(image), _orientation(image, name)
+            plain = image.mode == "RGB" and "transparency" not in image.info
+            samples = _planes(image, target.device) if plain else _samples(image)
+            orientation = _orientation(image, name)
             animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except Exception as error:
         raise _damaged(name, error) from error
     if animated:
         _LOG.warning("%s has several frames: only frame %d is used", name, image.tell() + 1)
-    return _oriented(from_array(_narrowed(array), max_pixels), orientation)
+    if not isinstance(samples, Tensor):
+        samples = from_array(_narrowed(samples), target.max_pixels)
+    return _oriented(upload(samples, target.device), orientation)
+
+
+def _planes(image: Image.Image, device: torch.device) -> Tensor:
+    """uint8 [3, h, w] of a loaded RGB image, plane by plane; in pinned memory if it is for CUDA."""
+    out = host_bytes((3, image.height, image.width), pinned=device.type == "cuda")
+    planes = out.numpy()
+    # In strips, whose copies stay in the processor's cache.
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        for plane, band in zip(planes, "RGB", strict=True):
+            samples = np.frombuffer(strip.tobytes("raw", band), dtype=np.uint8)
+            plane[top : top + _STRIP] = samples.reshape(-1, image.width)
+    return out
 
 
 @contextmanager

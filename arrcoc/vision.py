@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -91,13 +92,19 @@ def patchify(pixels: Tensor, weights: VisionWeights, dtype: torch.dtype) -> Tens
     height, width = pixels.shape[2:]
     patch, merge = weights.patch, weights.merge
     assert height % weights.token_px == width % weights.token_px == 0, (height, width)
-    mean = torch.tensor(weights.mean, device=pixels.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(weights.std, device=pixels.device).view(1, 3, 1, 1) * 255
+    mean, std = _levels(weights.mean, pixels.device), _levels(weights.std, pixels.device)
     normal = ((pixels - mean) / std).to(dtype)
     # An image is a clip of equal frames (t); i, j count the patches inside a token.
     clip = normal[:, :, None].expand(-1, -1, _TEMPORAL, -1, -1)
     order = "k c t (h i y) (w j x) -> k (h w i j) (c t y x)"
     return rearrange(clip, order, i=merge, j=merge, y=patch, x=patch)
+
+
+@lru_cache(maxsize=16)
+def _levels(unit: tuple[float, float, float], device: torch.device) -> Tensor:
+    """fp32 [1, 3, 1, 1] of three values in [0, 1], in levels of 255; kept, for making it waits for CUDA."""
+    with torch.inference_mode(False):
+        return torch.tensor(unit, device=device).view(1, 3, 1, 1) * 255
 
 
 def axial_rotary(rows: Tensor, cols: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,14 @@
-"""Grid, frame, area resampling, pyramid slices and hashes."""
+"""Grid, frame and pyramid slices."""
 
 import math
 import time
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arrcoc import image
 from arrcoc.config import Config, build
 from arrcoc.image import (
     area_resample,
@@ -18,7 +16,6 @@ from arrcoc.image import (
     frame,
     hash_tiles,
     overview_pixels,
-    tile_hashes,
     tile_pixels,
 )
 from arrcoc.records import Frame, Grid
@@ -193,52 +190,6 @@ def test_steep_reduction(shape: tuple[int, int]) -> None:
     assert (line - expected)[2:-2].abs().max() <= 1.5
 
 
-def test_area_two_to_one() -> None:
-    # (1+2+3+4)/4 = 2.5 -> 3 (half up); (10+20+30+41)/4 = 25.25 -> 25.
-    pixels = torch.tensor([[[1, 2, 10, 20], [3, 4, 30, 41]]], dtype=torch.uint8)
-    assert area_resample(pixels, 2, 1).tolist() == [[[3, 25]]]
-    assert area_resample(pixels, 64, 32).tolist() == [[[3, 25]]]
-
-
-def test_area_four_to_three() -> None:
-    # Window i covers [4i/3, 4(i+1)/3): weights (3, 1), (2, 2), (1, 3) quarters.
-    # Across 0 40 80 120: (0*3 + 40)/4 = 10, (40*2 + 80*2)/4 = 60, (80 + 120*3)/4 = 110.
-    across = torch.tensor([0, 40, 80, 120], dtype=torch.uint8).expand(1, 4, 4).contiguous()
-    assert area_resample(across, 4, 3).tolist() == [[[10, 60, 110]] * 3]
-    assert area_resample(across.transpose(1, 2), 20, 15)[0].tolist() == [[10] * 3, [60] * 3, [110] * 3]
-    # Both axes at once: only the first pixel is 160: 160 * 3/4 * 3/4 = 90 in the first window.
-    corner = torch.zeros(1, 4, 4, dtype=torch.uint8)
-    corner[0, 0, 0] = 160
-    assert area_resample(corner, 4, 3).tolist() == [[[90, 0, 0], [0, 0, 0], [0, 0, 0]]]
-
-
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
-def test_area_equals_exact_integration(q: int, p: int, n: int, m: int, seed: int) -> None:
-    common = math.gcd(q, p)
-    q, p = q // common, p // common
-    pixels = noise(2, n * q, m * q, seed=seed)
-    # Repeating every pixel p times and taking means of q x q blocks is the same integral.
-    fine = np.kron(pixels.numpy().astype(np.int64), np.ones((1, p, p), np.int64))
-    sums = fine.reshape(2, n * p, q, m * p, q).sum((2, 4))
-    expected = np.floor(sums / q**2 + 0.5).astype(np.uint8)
-    assert np.array_equal(area_resample(pixels, q, p).numpy(), expected)
-
-
-def test_area_identity_and_range() -> None:
-    pixels = noise(3, 8, 8)
-    assert area_resample(pixels, 5, 5) is pixels
-    white = torch.full((1, 1024, 1024), 255, dtype=torch.uint8)
-    assert area_resample(white, 1024, 1).item() == 255
-
-
-def test_area_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = noise(3, 140, 70)
-    whole = area_resample(pixels, 10, 7)
-    monkeypatch.setattr(image, "_CHUNK", 1)
-    assert torch.equal(area_resample(pixels, 10, 7), whole)
-
-
 @pytest.mark.parametrize("side_px", [8, 16, 24, 32])
 def test_tiles_are_slices_of_the_level(side_px: int) -> None:
     made = make_frame(64, 96)
@@ -317,77 +268,6 @@ def test_an_overview_that_does_not_divide_is_filtered(height: int, width: int) -
 def test_no_tiles_asked() -> None:
     tiles = tile_pixels(make_frame(64, 96), 8, torch.empty(0, dtype=torch.int64))
     assert tiles.shape == (0, 3, 8, 8)
-
-
-def hash_by_hand(tile: Tensor) -> list[int]:
-    """Multilinear hash in Python's unbounded integers."""
-    data = tile.contiguous().numpy().tobytes()
-    data += bytes(-len(data) % 4)
-    words = [tile.shape[-1], *np.frombuffer(data, "<u4").tolist()]
-    multipliers = image._multipliers(len(words) - 1, CPU).numpy().view(np.uint64).tolist()
-    totals = (m[0] + sum(a * b for a, b in zip(m[1:], words, strict=True)) for m in multipliers)
-    return [total % 2**64 >> 32 for total in totals]
-
-
-@pytest.mark.parametrize("tile", [3, 4, 28])
-def test_hash_formula(tile: int) -> None:
-    pixels = noise(3, tile, 2 * tile)
-    hashes = tile_hashes(pixels, Grid(1, 2, tile))
-    assert hashes.tolist() == [hash_by_hand(pixels[:, :, :tile]), hash_by_hand(pixels[:, :, tile:])]
-
-
-@pytest.mark.parametrize("tile", [4, 28])
-def test_tiles_cut_before_hash_the_same(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels, grid = noise(3, 2 * tile, 3 * tile), Grid(2, 3, tile)
-    tiles = pixels.view(3, 2, tile, 3, tile).permute(1, 3, 0, 2, 4).reshape(6, 3, tile, tile)
-    assert torch.equal(hash_tiles(tiles), tile_hashes(pixels, grid))
-    assert hash_tiles(tiles[:0]).shape == (0, 4)
-    monkeypatch.setattr(image, "_CHUNK", 1)
-    assert torch.equal(hash_tiles(tiles), tile_hashes(pixels, grid))
-
-
-def test_hash_is_fixed_for_ever() -> None:
-    # Disk caches outlive a process: the stream behind the multipliers must not change.
-    black = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    assert tile_hashes(black, Grid(1, 1, 4)).tolist() == [[3739902141, 1225893404, 3634707710, 354086128]]
-
-
-def test_equal_tiles_hash_equal_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    tile, other = noise(3, 32, 32), noise(3, 32, 32, seed=1)
-    lone = tile_hashes(tile, Grid(1, 1, 32))[0]
-    pixels = torch.cat([torch.cat([other, tile], 2), torch.cat([tile, other], 2)], 1)
-    hashes = tile_hashes(pixels, Grid(2, 2, 32))
-    assert torch.equal(hashes[1], lone)
-    assert torch.equal(hashes[2], lone)
-    assert torch.equal(hashes[0], hashes[3])
-    assert not (hashes[0] == lone).any()
-    monkeypatch.setattr(image, "_CHUNK", 1)
-    assert torch.equal(tile_hashes(pixels, Grid(2, 2, 32)), hashes)
-
-
-@given(st.integers(0, 3 * 16 * 16 - 1), st.integers(1, 255), st.integers(0, 9))
-@settings(max_examples=150, deadline=None)
-def test_hash_sees_every_byte(at: int, delta: int, seed: int) -> None:
-    pixels = noise(3, 16, 16, seed=seed)
-    changed = pixels.clone()
-    changed.view(-1)[at] += delta
-    grid = Grid(1, 1, 16)
-    before, after = tile_hashes(pixels, grid), tile_hashes(changed, grid)
-    assert not torch.equal(before, after)
-    # 32 bits each: all four words nearly always change, and none is left idle.
-    assert (before != after).sum() >= 3
-
-
-def test_hash_sees_order() -> None:
-    pixels = noise(3, 16, 16)
-    swapped = pixels.clone()
-    swapped[:, 0, 0], swapped[:, 9, 5] = pixels[:, 9, 5], pixels[:, 0, 0]
-    assert not (tile_hashes(pixels, Grid(1, 1, 16)) == tile_hashes(swapped, Grid(1, 1, 16))).any()
-
-
-def test_hash_tells_tile_sizes_apart() -> None:
-    hashes = [tile_hashes(torch.zeros(3, t, t, dtype=torch.uint8), Grid(1, 1, t))[0] for t in (4, 8, 16)]
-    assert len({tuple(h.tolist()) for h in hashes}) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
