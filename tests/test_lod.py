@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from arrcoc import Engine
 from arrcoc.lod import TorchLodEngine
-from arrcoc.lod.torch_engine import batches, inner
+from arrcoc.lod.bucketed import batches, inner
 from arrcoc.lod.tower import geometry, merge_order, rotate
 from arrcoc.vision import axial_rotary, interpolated_positions, patchify
 

@@ -9,10 +9,16 @@ if TYPE_CHECKING:
     from arrcoc.lod.built import BuiltEngines
     from arrcoc.lod.protocol import LodEngine
     from arrcoc.lod.torch_engine import TorchLodEngine
+    from arrcoc.lod.torch_engines import TorchEngines
 
-__all__ = ["BuiltEngines", "LodEngine", "TorchLodEngine"]
+__all__ = ["BuiltEngines", "LodEngine", "TorchEngines", "TorchLodEngine"]
 
-_HOMES = {"BuiltEngines": "built", "LodEngine": "protocol", "TorchLodEngine": "torch_engine"}
+_HOMES = {
+    "BuiltEngines": "built",
+    "LodEngine": "protocol",
+    "TorchEngines": "torch_engines",
+    "TorchLodEngine": "torch_engine",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,11 @@ class LodEngine(Protocol):
         ...
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        """Batch sizes that it runs at, ascending; others are cut and padded to these."""
+        ...
+
+    @property
     def backend(self) -> str:
         """Backend and precision, for people, for example `torch eager float32`."""
         ...
@@ -41,4 +46,8 @@ class LodEngine(Protocol):
         Returns:
             tokens [K, side**2, D] and DeepStack planes [L, K, side**2, D], owned by the caller.
         """
+        ...
+
+    def encode_ahead(self, pixels: Tensor) -> Features:
+        """`encode` on a thread of its own while anything may go on elsewhere: no CUDA graph is captured."""
         ...

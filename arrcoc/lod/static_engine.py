@@ -8,13 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from arrcoc.lod.torch_engine import batches, inner
+from arrcoc.lod.bucketed import BucketedEngine, padded
 from arrcoc.lod.tower import Geometry, geometry
 from arrcoc.records import Features
 from arrcoc.vision import VisionWeights, patchify
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Precision of a build by name."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float16}
+"""Precision of a build's weights and inputs by name; an fp8 plan rounds them further itself."""
 
 
 class Runner(Protocol):
@@ -25,7 +25,7 @@ class Runner(Protocol):
         ...
 
 
-class StaticLodEngine:
+class StaticLodEngine(BucketedEngine):
     """Encodes tiles of one side with a graph that was built ahead of time; see `LodEngine`."""
 
     def __init__(
@@ -53,30 +53,17 @@ class StaticLodEngine:
             backend: see `LodEngine`.
             fingerprint: see `LodEngine`.
         """
-        self.side, self.halo, self.backend, self.fingerprint = side, halo, backend, fingerprint
-        self._runner, self._weights, self._buckets = runner, weights, tuple(buckets)
+        super().__init__(side, halo, buckets)
+        self.backend, self.fingerprint = backend, fingerprint
+        self._runner, self._weights = runner, weights
         self._precision, self._dtype = DTYPES[precision], dtype
         made = geometry(weights, side + 2 * halo, side + 2 * halo)
         self._geometry = Geometry(made.positions.to(self._precision).contiguous(), made.cos, made.sin)
 
-    @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> Features:
-        """See `LodEngine.encode`."""
-        cuts = batches(len(pixels), self._buckets)
-        parts = [self._encode_bucket(pixels[start:stop], size) for start, stop, size in cuts]
-        if len(parts) == 1:
-            return parts[0]
-        return Features(torch.cat([p.tokens for p in parts]), torch.cat([p.deepstack for p in parts], dim=1))
-
     def _encode_bucket(self, pixels: Tensor, size: int) -> Features:
-        count = len(pixels)
-        patches = patchify(pixels, self._weights, self._precision)
-        if size > count:
-            patches = torch.cat((patches, patches.new_zeros(size - count, *patches.shape[1:])))
-        features = self._runner(patches.contiguous(), self._geometry)
-        tokens, planes = features.tokens[:count], features.deepstack[:, :count]
-        tokens, planes = inner(tokens, self.side, self.halo), inner(planes, self.side, self.halo)
-        return Features(tokens.to(self._dtype), planes.to(self._dtype))
+        patches = patchify(padded(pixels, size), self._weights, self._precision)
+        features = self._cropped(self._runner(patches.contiguous(), self._geometry), len(pixels))
+        return Features(features.tokens.to(self._dtype), features.deepstack.to(self._dtype))
 
 
 def capped(buckets: Sequence[int], most: int) -> tuple[int, ...]:

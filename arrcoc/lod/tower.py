@@ -102,9 +102,8 @@ class StaticTower(nn.Module):
 
     def merge(self, merger: Merger, hidden: Tensor) -> Tensor:
         """[B, N, hidden] patches in merge order to [B, N / merge**2, D] tokens."""
-        batch, count, width = hidden.shape
-        group = self.weights.merge**2
-        joined = (batch, count // group, width * group)
+        batch, width, group = hidden.shape[0], self.weights.hidden, self.weights.merge**2
+        joined = (batch, -1, width * group)
         normed = merger.norm(hidden.view(joined)) if merger.norm_after else merger.norm(hidden).view(joined)
         return merger.fc2(merger.activation(merger.fc1(normed)))  # type: ignore[no-any-return]
 
@@ -116,6 +115,6 @@ class StaticTower(nn.Module):
 def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply RoPE to [B, heads, N, head_dim]; in fp32 as the stock tower does, or bf16 drifts by 1.3 %."""
     wide = vectors.float()
-    half = wide.shape[-1] // 2
+    half = int(wide.shape[-1]) // 2  # a number to the tracing ONNX exporter too
     turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
     return (wide * cos + turned * sin).to(vectors.dtype)

@@ -1,0 +1,465 @@
+"""Fused and captured LOD engines: which kind serves, shared memory, batches, float8's gate, and numerics.
+
+Kernels run in Triton's interpreter, in a process of its own; what needs a GPU is marked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from arrcoc import Engine
+from arrcoc.errors import EngineBuildError
+from arrcoc.lod import TorchEngines, TorchLodEngine, torch_engines
+from arrcoc.qwen import QwenVL, load
+from arrcoc.records import Features
+from arrcoc.vision import VisionWeights
+
+pytest.importorskip("triton")
+
+from arrcoc.lod import float8
+from arrcoc.lod.fused_tower import FusedTower
+from arrcoc.lod.fused_weights import Dense, Float8Dense
+from arrcoc.lod.graphed import MOST_PATCHES, GraphedLodEngine, Workspace
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def qwen(tiny_checkpoint: Path) -> QwenVL:
+    return load(tiny_checkpoint, CPU, torch.float32)
+
+
+def tiles(count: int, edge: int, device: str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    made = torch.randint(0, 256, (count, 3, edge, edge), dtype=torch.uint8, generator=generator)
+    return made.to(device)
+
+
+class MeanTower:
+    """Stands in for the fused tower: each token is the mean of its tile, a plane its double."""
+
+    weights = SimpleNamespace(merge=2, token_px=32)
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.running = 0
+
+    def geometry(self, rows: int, cols: int) -> Any:
+        return SimpleNamespace(count=rows * cols)
+
+    def shapes(self, batch: int, shape: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        images = (batch, shape.count, 1)
+        return [(images, torch.float32), ((1, *images), torch.float32)]
+
+    def forward(self, pixels: Tensor, shape: Any, blocks: Any, out: Features) -> Features:
+        self.running += 1
+        assert self.running == 1, "one run at a time"
+        self.sizes.append(len(pixels))
+        out.tokens.copy_(pixels.float().mean((1, 2, 3))[:, None, None].expand_as(out.tokens))
+        out.deepstack.copy_(2 * out.tokens[None])
+        self.running -= 1
+        return out
+
+
+def mean_engine(tower: Any, side: int = 1, halo: int = 0, buckets: Any = (1, 2, 4)) -> GraphedLodEngine:
+    return GraphedLodEngine(tower, Workspace(CPU), side, halo, buckets, None, "test", "f")
+
+
+@pytest.mark.parametrize(("side", "halo", "count"), [(1, 0, 1), (2, 0, 3), (1, 1, 7)])
+def test_every_tile_gets_its_own_features(side: int, halo: int, count: int) -> None:
+    engine, pixels = mean_engine(MeanTower(), side, halo), tiles(count, (side + 2 * halo) * 32)
+    found = engine.encode(pixels)
+    means = pixels.float().mean((1, 2, 3))[:, None, None].expand(count, side * side, 1)
+    torch.testing.assert_close(found.tokens, means)
+    torch.testing.assert_close(found.deepstack, 2 * means[None])
+
+
+def test_features_are_the_callers_own() -> None:
+    engine = mean_engine(MeanTower())
+    first = engine.encode(tiles(4, 32))
+    kept = first.tokens.clone(), first.deepstack.clone()
+    engine.encode(255 - tiles(4, 32))
+    assert torch.equal(first.tokens, kept[0])
+    assert torch.equal(first.deepstack, kept[1])
+
+
+def test_a_bucket_is_made_once_and_large_ones_are_left_out() -> None:
+    tower = MeanTower()
+    engine = mean_engine(tower)
+    for _ in range(2):
+        engine.encode(tiles(3, 32))
+    assert tower.sizes == [4, 4, 4]  # to compile, then each call
+    patches = 4 * 64**2
+    assert mean_engine(tower, 64, 0, (1, 2, 4, 8)).buckets == (1, 2, 4)
+    assert 4 * patches == MOST_PATCHES
+    assert mean_engine(tower, 256, 0, (2, 4)).buckets == (2,), "one is always left"
+
+
+def test_what_is_encoded_ahead_makes_no_bucket() -> None:
+    tower = MeanTower()
+    engine = mean_engine(tower)
+    engine.encode(tiles(1, 32))
+    engine.encode(tiles(2, 32))
+    tower.sizes.clear()
+    found = engine.encode_ahead(tiles(4, 32))
+    assert tower.sizes == [2, 2], "4 was not met before"
+    assert torch.equal(found.tokens, engine.encode(tiles(4, 32)).tokens)
+
+
+def test_threads_take_turns() -> None:
+    engine = mean_engine(MeanTower())
+    wrong: list[int] = []
+
+    def run(value: int) -> None:
+        pixels = torch.full((2, 3, 32, 32), value, dtype=torch.uint8)
+        for _ in range(20):
+            if not torch.equal(engine.encode(pixels).tokens.flatten(), torch.tensor([value, value]).float()):
+                wrong.append(value)
+
+    threads = [threading.Thread(target=run, args=(value,)) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_workspace_hands_out_aligned_memory_again_and_again() -> None:
+    room = Workspace(CPU)
+    small = room.take([((3,), torch.uint8), ((5,), torch.float32)])
+    assert [t.shape for t in small] == [(3,), (5,)]
+    assert (small[1].data_ptr() - small[0].data_ptr()) % 256 == 0
+    again = room.take([((2,), torch.uint8)])
+    assert again[0].data_ptr() == small[0].data_ptr()
+    large = room.take([((10_000,), torch.float32)])
+    small[1].fill_(1)
+    large[0].zero_()
+    assert small[1].tolist() == [1] * 5, "an old buffer lives on"
+
+
+def test_a_refused_capture_is_logged_once_and_shown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    room = Workspace(CPU)
+    room.captures = True
+
+    def refuse(_: Any, run: Callable[[], None]) -> Any:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(Workspace, "_captured", refuse)
+    run = lambda: None  # noqa: E731
+    assert room.capture(run) is run
+    assert room.capture(run) is run
+    assert [r.message for r in caplog.records] == [
+        "LOD engines run without CUDA graphs: operation not permitted"
+    ]
+    engine = GraphedLodEngine(MeanTower(), room, 1, 0, (1,), None, "torch fused", "f")  # type: ignore[arg-type]
+    assert engine.backend == "torch fused, no CUDA graphs: operation not permitted"
+
+
+def test_the_cpu_is_served_eagerly(qwen: QwenVL) -> None:
+    engines = TorchEngines(qwen)
+    assert engines.reason == ""
+    made, eager = engines.engine(1, (1, 2), 0), TorchLodEngine(qwen, 1, (1, 2))
+    assert isinstance(made, TorchLodEngine)
+    assert (made.backend, made.fingerprint) == ("torch eager float32", eager.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "graphed"}, r"graphed LOD engines here \(device cpu\)\. Allowed: a CUDA device, Triton"),
+        ({"precision": "float8"}, r"graphed LOD engines here \(device cpu\)"),
+        ({"kind": "eager", "precision": "float8"}, r"with lod_engine='eager'\. Allowed: lod_engine 'auto'"),
+    ],
+)
+def test_what_is_asked_for_by_name_is_refused_where_it_cannot_run(
+    options: dict[str, Any], message: str, qwen: QwenVL
+) -> None:
+    with pytest.raises(EngineBuildError, match=message):
+        TorchEngines(qwen, **options)
+
+
+def test_the_engine_passes_its_configuration_on(tiny_checkpoint: Path) -> None:
+    for options in ({"lod_engine": "graphed"}, {"lod_precision": "float8"}):
+        with pytest.raises(EngineBuildError, match="device cpu"):
+            Engine.from_pretrained(tiny_checkpoint, preset="demo", device="cpu", **options)
+
+
+class BrokenTower(MeanTower):
+    def forward(self, *_: Any) -> Features:
+        raise ValueError("PassManager::run failed\nat line 3")
+
+
+def test_kernels_that_do_not_compile_leave_eager_engines(
+    qwen: QwenVL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_cuda: Any = SimpleNamespace(
+        vision=qwen.vision, dtype=torch.float32, fingerprint="f", device=SimpleNamespace(type="cuda")
+    )
+    monkeypatch.setattr(torch_engines, "_obstacle", lambda *_: "")
+    monkeypatch.setattr(TorchEngines, "_arranged", lambda *_: (BrokenTower(), Workspace(CPU)))
+    plain_zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **rest: plain_zeros(*shape, **rest))
+    engines = TorchEngines(on_cuda)
+    backends = [engines.engine(side, (1,), 0).backend for side in (1, 2)]
+    assert backends == ["torch eager float32 (ValueError: PassManager::run failed)"] * 2
+    assert len(caplog.records) == 1
+    with pytest.raises(EngineBuildError, match="PassManager"):
+        TorchEngines(on_cuda, kind="graphed").engine(1, (1,), 0)
+
+
+def test_warming_up_runs_every_bucket_largest_first(tiny_checkpoint: Path) -> None:
+    engine = Engine.from_pretrained(tiny_checkpoint, preset="demo", device="cpu", buckets=[1, 2])
+    steps: list[tuple[str, int, int]] = []
+    engine.warm_up(lambda *step: steps.append(step))
+    names = [f"side {side}, {size} tiles" for side in (1, 2, 3, 4) for size in (2, 1)]
+    assert steps == [*((name, done, 8) for done, name in enumerate(names)), ("warm", 8, 8)]
+
+
+# Float8.
+
+
+class Constant:
+    """A tower that gives tokens of one value."""
+
+    weights = SimpleNamespace(token_px=32)
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def geometry(self, rows: int, cols: int) -> None:
+        return None
+
+    def forward(self, *_: Any) -> Features:
+        return Features(torch.full((2, 1, 4), self.value), torch.ones(1, 2, 1, 4))
+
+
+def test_float8_is_refused_with_its_figure() -> None:
+    def check(value: float, limit: float) -> float:
+        return float8.check_error(Constant(value), Constant(1.0), tiles(2, 32), limit)  # type: ignore[arg-type]
+
+    assert check(1.03, 0.05) == pytest.approx(0.03, abs=1e-4)
+    with pytest.raises(
+        EngineBuildError, match=r"relative error of 0\.0600 .*at most 0\.05 \(lod_error_limit\)"
+    ):
+        check(1.06, 0.05)
+    with pytest.raises(EngineBuildError, match="nan"):
+        check(float("nan"), 0.05)
+
+
+def test_the_worst_plane_counts() -> None:
+    ones, planes = torch.ones(1, 1, 4), torch.ones(2, 1, 1, 4)
+    off = planes.clone()
+    off[1] *= 1.5
+    assert float8.relative_error(Features(ones, off), Features(ones, planes)) == pytest.approx(0.5)
+
+
+def test_only_the_named_layers_are_quantised_each_output_with_its_scale() -> None:
+    pytest.importorskip("torchao")
+    weight = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 33)[:, None]
+    layer = Dense(weight, torch.zeros(32))
+    convert = float8.converter(("fc1", "fc2"), {("fc2", 3): 112.0})
+    assert convert("qkv", 3, layer) is layer
+    dynamic, fixed = convert("fc1", 3, layer), convert("fc2", 3, layer)
+    assert isinstance(dynamic, Float8Dense)
+    assert isinstance(fixed, Float8Dense)
+    assert (dynamic.step, fixed.step) == (None, 1.0)  # four times 112 is e4m3's largest, 448
+    for made in (dynamic, fixed):
+        back = made.weight.float() * made.scale.view(-1, 1)
+        assert ((back - weight).abs().amax(1) <= weight.abs().amax(1) / 16).all()  # half of 2**-3
+    with pytest.raises(EngineBuildError, match=r"\(32, 12\) in float8"):
+        float8.quantized(Dense(torch.zeros(32, 12), torch.zeros(32)))
+
+
+def test_peaks_are_of_what_comes_in(qwen: QwenVL) -> None:
+    found = float8.input_peaks(qwen.vision, tiles(2, 64))
+    count = len(qwen.vision.blocks)
+    assert set(found) == {(kind, number) for kind in ("proj", "fc2") for number in range(count)}
+    assert all(peak > 0 for peak in found.values())
+    block: Any = qwen.vision.blocks[0]
+    assert not block.proj._forward_pre_hooks, "nothing is left behind"
+
+
+def test_sample_tiles_are_a_photograph(qwen: QwenVL) -> None:
+    made = float8.sample_tiles(qwen)
+    assert (made.dtype, made.shape) == (torch.uint8, (16, 3, 128, 128))
+    assert made.float().std() > 20
+
+
+# Numerics, in the interpreter.
+
+
+def few_blocks(weights: VisionWeights) -> VisionWeights:
+    """The first two blocks, at unit scale: what is drawn with std 0.02 barely exercises attention."""
+    generator = torch.Generator().manual_seed(0)
+    kept = dataclasses.replace(weights, blocks=weights.blocks[:2], deepstack={0: weights.deepstack[0]})
+    for block in kept.blocks:
+        modules: Any = [block.norm1, block.norm2, block.qkv, block.proj, *block.mlp.children()]
+        for parameter in (p for module in modules for p in module.parameters()):
+            fan = parameter.shape[-1] if parameter.ndim > 1 else 4
+            parameter.data.normal_(std=fan**-0.5, generator=generator)
+    return kept
+
+
+def interpreted() -> None:
+    """Print the largest relative error of each way to run the tower against the eager one."""
+    from arrcoc.lod.attention import Blocks
+    from arrcoc.lod.gemm import Config, scaled_linear
+    from arrcoc.lod.kernels import quantize_rows
+    from arrcoc.lod.tower import StaticTower, geometry
+    from arrcoc.vision import patchify
+
+    folder, side, found = sys.argv[1], 3, {}  # 36 patches: two whole blocks of keys, and one of four
+    weights = few_blocks(load(folder, CPU, torch.float32).vision)
+    pixels = tiles(1, side * 32)
+    want = StaticTower(weights).encode(
+        patchify(pixels, weights, torch.float32), geometry(weights, side, side)
+    )
+    for epilogue, blocks in ((True, Blocks(32, 16, 4, 1)), (False, None)):
+        tower = FusedTower(weights, epilogue=epilogue)
+        have = tower.forward(pixels, tower.geometry(side, side), blocks)
+        found[f"tower {epilogue}"] = float8.relative_error(have, want)
+    random = torch.Generator().manual_seed(1)
+    x, w = torch.randn(20, 64, generator=random), torch.randn(48, 64, generator=random) / 8
+    bias = torch.randn(48, generator=random)
+    (q, scale), (wq, wscale) = quantize_rows(x), quantize_rows(w)
+    exact = torch.nn.functional.gelu((q.float() * scale) @ (wq.float() * wscale).T + bias, approximate="tanh")
+    got = scaled_linear(q, scale, wq, wscale.T, bias, gelu=True, config=Config(16, 32, 32, 4, 1, 2))
+    found["product"] = float((got - exact).norm() / exact.norm())
+    rough = scaled_linear(
+        q, scale, wq, wscale.T, bias, gelu=True, step=0.02, config=Config(16, 32, 32, 4, 1, 1)
+    )
+    found["e4m3"] = float((rough.float() * 0.02 - exact).norm() / exact.norm())
+    print(json.dumps(found))
+
+
+def test_the_fused_tower_computes_what_the_eager_one_does(tiny_checkpoint: Path) -> None:
+    """In fp32; a flipped sign of the rotary embedding is off by more than a hundredth."""
+    code = "import sys; sys.path.insert(0, sys.argv[2]); import test_lod_engines as t; t.interpreted()"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", code, str(tiny_checkpoint), str(Path(__file__).parent)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 4
+    assert errors.pop("e4m3") < 0.07  # the interpreter rounds towards zero
+    assert max(errors.values()) < 2e-6, errors
+
+
+# The benchmark.
+
+
+def test_the_floor_counts_what_the_tower_multiplies(qwen: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from arrcoc.lod.tower import StaticTower, geometry
+    from arrcoc.vision import patchify
+
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import lod_engines
+
+    side, count, weights = 2, 3, qwen.vision
+    patches = patchify(tiles(count, side * 32), weights, torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        StaticTower(weights).encode(patches, geometry(weights, side, side))
+    spared = 2 * patches[..., 0].numel() * weights.patch_weight.numel() // 2  # the second, equal frame
+    found = lod_engines.tower_flops(weights, (side * weights.merge) ** 2, count)
+    assert found == counter.get_total_flops() - spared
+
+
+# On a GPU.
+
+
+@pytest.fixture(scope="module")
+def bundled() -> QwenVL:
+    from arrcoc.demo.bundled import bundled_checkpoint
+
+    return load(bundled_checkpoint()[0], torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("side", "halo"), [(1, 0), (4, 0), (2, 1), (12, 0)])
+def test_graphs_encode_what_eager_engines_do(side: int, halo: int, bundled: QwenVL) -> None:
+    made = TorchEngines(bundled).engine(side, (1, 2, 4), halo)
+    assert made.backend == "torch fused bfloat16, CUDA graphs"
+    pixels = tiles(7, (side + 2 * halo) * 32, "cuda")
+    want = TorchLodEngine(bundled, side, (1, 2, 4), halo)
+    assert made.fingerprint != want.fingerprint
+    first, again = made.encode(pixels), made.encode(pixels)
+    assert float8.relative_error(first, want.encode(pixels)) < 0.02
+    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.deepstack, again.deepstack)
+    part = made.encode(pixels[:3])  # in the same bucket as the first four, another tile behind them
+    assert torch.equal(part.tokens, first.tokens[:3])
+
+
+@pytest.mark.gpu
+def test_float8_keeps_within_its_limit(bundled: QwenVL) -> None:
+    pytest.importorskip("torchao")
+    made = TorchEngines(bundled, precision="float8").engine(4, (1, 2, 4, 16), 0)
+    assert made.backend == "torch fused float8, CUDA graphs"
+    pixels = float8.sample_tiles(bundled)
+    want = TorchEngines(bundled).engine(4, (16,), 0)
+    assert 1e-3 < float8.relative_error(made.encode(pixels), want.encode(pixels)) < 0.05
+    assert made.fingerprint != want.fingerprint
+    with pytest.raises(EngineBuildError, match=r"at most 0\.0001"):
+        TorchEngines(bundled, precision="float8", error_limit=1e-4)
+
+
+@pytest.mark.gpu
+def test_threads_on_streams_share_the_graphs(bundled: QwenVL) -> None:
+    engines = TorchEngines(bundled)
+    made = [engines.engine(side, (1, 2, 4), 0) for side in (1, 2, 3)]
+    inputs = [tiles(3, engine.side * 32, "cuda") for engine in made]
+    wants = [engine.encode(pixels).tokens for engine, pixels in zip(made, inputs, strict=True)]
+    wrong: list[int] = []
+
+    def run(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            for turn in range(30):
+                which = (number + turn) % 3
+                if not torch.equal(made[which].encode(inputs[which]).tokens, wants[which]):
+                    wrong.append(which)
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.gpu
+def test_graphs_outlive_engines(bundled: QwenVL) -> None:
+    """The pool of a workspace whose engines were all collected is used again."""
+    tower, room = FusedTower(bundled.vision), Workspace(torch.device("cuda"))
+    for _ in range(3):
+        engine = GraphedLodEngine(tower, room, 1, 0, (1,), None, "test", "f")
+        engine.encode(tiles(1, 32, "cuda"))
+        assert room.failure == ""
+        del engine
+
+
+@pytest.mark.gpu
+def test_describe_and_warm_up_on_a_gpu() -> None:
+    engine = Engine.from_pretrained(device="cuda", buckets=[1, 2])
+    engine.warm_up()
+    assert set(engine.describe()["lod_engines"].values()) == {"torch fused bfloat16, CUDA graphs"}
+    eager = Engine.from_pretrained(device="cuda", lod_engine="eager")
+    assert set(eager.describe()["lod_engines"].values()) == {"torch eager bfloat16"}
