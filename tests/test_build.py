@@ -257,12 +257,13 @@ def test_wrong_graph_is_refused(checkpoint: QwenVL, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"precision": "fp8"}, "fp8, which needs calibration on a GPU"),
+        ({"precision": "fp8"}, "precision fp8 with backend torch"),
         ({"backend": "onnx", "precision": "bf16"}, "bf16 with backend onnx"),
         ({"backend": "onnx", "arch": ("sm89",)}, "--arch sm89 with backend onnx"),
         ({"max_batch": (1, 1, 0, 1)}, "max_batch"),
         ({"separate": True}, "separate with backend torch"),
         ({"workspace_gb": 1.0}, "workspace_gb with backend torch"),
+        ({"optimization_level": 0}, "optimization_level with backend torch"),
         ({"timing_cache": Path("t"), "backend": "tensorrt_rtx"}, "timing_cache with backend tensorrt_rtx"),
         ({"out": ROOT / "tests"}, "holds something else"),
     ],
@@ -279,6 +280,7 @@ def test_what_cannot_be_built_is_refused_at_once(change: dict[str, Any], named: 
         ({"max_batch": (1, 2)}, "max_batch"),
         ({"presett": "demo"}, "presett.*the keys model, preset"),
         ({"workspace_gb": 0}, "workspace_gb = 0"),
+        ({"optimization_level": 6}, "optimization_level = 6"),
         ({"preset": "auto"}, "preset 'auto' for a build. Allowed: demo, gigapixel, photo"),
         ({"preset": "grand"}, "preset 'grand'"),
     ],

@@ -68,6 +68,24 @@ def test_legacy_opset_serves_every_lod_too(tower: StaticTower, tmp_path: Path) -
         assert max(compare(path, tower, edge).values()) <= EXACT
 
 
+def test_legacy_graph_takes_shapes_for_reshapes_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Attention's scale is a number and not derived from a shape in every block, in the graph's precision."""
+    tower = load(tiny_checkpoint, torch.float16)
+    export(tower, tmp_path / "tower.onnx", LEGACY_OPSET)
+    graph = onnx.load(tmp_path / "tower.onnx").graph
+    readers = {name: [] for node in graph.node for name in node.output}
+    for node in graph.node:
+        for name in node.input:
+            readers.get(name, []).append(node.op_type)
+    shapes = [node.output[0] for node in graph.node if node.op_type == "Shape"]
+    assert {kind for name in shapes for kind in readers[name]} == {"Gather"}
+    assert not any(node.op_type == "Sqrt" for node in graph.node)
+    scale = tower.weights.head_dim**-0.25
+    numbers = [onnx.numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"]
+    found = [n.item() for n in numbers if n.dtype == "float16" and n.shape == (1,)]
+    assert found == pytest.approx([scale] * (2 * len(tower.weights.blocks)), rel=1e-3)
+
+
 def turned_back(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return ROTATE(vectors, cos, -sin)
 

@@ -150,6 +150,58 @@ def test_context_binds_and_enqueues() -> None:
         context.enqueue({"a": 512, "b": 1024}, 13)
 
 
+class FakeEngine:
+    """An engine of two profiles; notes how contexts get their memory."""
+
+    num_optimization_profiles = 2
+
+    def __init__(self) -> None:
+        self.notes: list[Any] = []
+
+    def made(self, *notes: Any) -> Any:
+        self.notes += notes
+        return SimpleNamespace(
+            set_optimization_profile_async=lambda profile, stream: True,
+            set_device_memory=lambda address, size: self.notes.append((address, size)),
+        )
+
+    def create_execution_context(self, *strategy: Any) -> Any:
+        return self.made("own", *strategy)
+
+
+class FakeEngine86(FakeEngine):
+    device_memory_size = 512
+
+    def create_execution_context_without_device_memory(self) -> Any:
+        return self.made("bare")
+
+
+class FakeEngine10(FakeEngine):
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return 100 * (profile + 1)
+
+
+def bare_plan(engine: FakeEngine, strategies: Any) -> plan.Plan:
+    made = object.__new__(plan.Plan)
+    made._engine, made._strategies = engine, strategies
+    made.inputs, made.outputs = ("a",), ("b",)
+    return made
+
+
+def test_contexts_share_memory_in_each_versions_way() -> None:
+    old = bare_plan(FakeEngine86(), None)
+    assert [old.scratch_bytes(profile) for profile in (0, 1)] == [512, 512]
+    context = old.context(1, 0, 4096)
+    assert context._context.device_memory == 4096
+    assert old._engine.notes == ["bare"]
+    new = bare_plan(FakeEngine10(), SimpleNamespace(USER_MANAGED="user"))
+    assert [new.scratch_bytes(profile) for profile in (0, 1)] == [100, 200]
+    new.context(1, 0, 4096)
+    assert new._engine.notes == ["own", "user", (4096, 200)]
+    new.context(0, 0)
+    assert new._engine.notes[3:] == ["own"]
+
+
 def test_plan_modules_need_neither_torch_nor_a_newer_python() -> None:
     """TensorRT 8.6.0 wants Python 3.9, where there is no torch of ours, no pydantic and no typer."""
     script = (
@@ -217,7 +269,7 @@ def test_four_plans_where_asked(
 ) -> None:
     """By way of opset 17, as for TensorRT 8.6."""
     monkeypatch.setattr(build, "OPSET", LEGACY_OPSET)
-    more = {"separate": True, "arch": ("sm89",), "workspace_gb": 1}
+    more = {"separate": True, "arch": ("sm89",), "workspace_gb": 1, "optimization_level": 0}
     made = build.build(recipe(tmp_path / "four", **more), half)
     assert made.opset == 17
     assert [(lod.file, lod.profile) for lod in made.lods] == [(f"side{s}.plan", 0) for s in (1, 2, 3, 4)]
@@ -270,6 +322,55 @@ def test_refusals_of_parser_and_builder_are_named(
         plan_builder.build("tensorrt_rtx", graph, [wrong], options)
     with pytest.raises(EngineBuildError, match=r"architecture 'sm90' with tensorrt_rtx .*sm80, sm86, sm89"):
         plan_builder.build("tensorrt_rtx", graph, [profile], plan_builder.PlanOptions("fp16", ("sm90",)))
+
+
+class Pinnable:
+    """A layer of a real network that notes what is pinned."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.precision, self.types = layer, None, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    def set_output_type(self, place: int, kind: Any) -> None:
+        self.types.append(kind)
+
+
+def test_rotation_is_pinned_to_fp32_where_types_are_weak(rtx: Any, graph: Path, half: qwen.QwenVL) -> None:
+    """A strongly typed network knows what is fp32: all of it but the casts, and nothing else, is pinned."""
+    log = plan.make_log(rtx)
+    builder = rtx.Builder(log)
+    network = builder.create_network(plan_builder.network_flags(rtx))
+    parser = rtx.OnnxParser(network, log)
+    assert parser.parse_from_file(str(graph))
+    layers = [Pinnable(network.get_layer(i)) for i in range(network.num_layers)]
+    weak = SimpleNamespace(
+        num_inputs=network.num_inputs,
+        get_input=network.get_input,
+        num_layers=len(layers),
+        get_layer=lambda place: layers[place],
+    )
+    flags = SimpleNamespace(PREFER_PRECISION_CONSTRAINTS="prefer")
+    trt = SimpleNamespace(float32=rtx.float32, LayerType=rtx.LayerType, BuilderFlag=flags)
+    config = Recorder()
+    count = plan_builder.pin_fp32(trt, config, weak)
+    assert config.set == ["prefer"]
+    pinned = {layer.name for layer in layers if layer.precision == rtx.float32}
+    assert all(len(layer.types) == layer.num_outputs for layer in layers if layer.name in pinned)
+    single = [layer for layer in layers if layer.get_output(0).dtype == rtx.float32]
+    assert pinned == {layer.name for layer in single if layer.type != rtx.LayerType.CAST}
+    # Of queries and keys: two slices, a negation, a joint, two products and a sum.
+    assert count >= 14 * len(half.vision.blocks)
+
+
+def test_level_is_set_where_there_are_levels() -> None:
+    options = plan_builder.PlanOptions("fp16", level=2)
+    config = SimpleNamespace(builder_optimization_level=3)
+    plan_builder.set_effort(fake(Kinds86), config, options)
+    assert config.builder_optimization_level == 2
+    with pytest.raises(EngineBuildError, match="optimisation level 2 with tensorrt x"):
+        plan_builder.set_effort(fake(Kinds86), Recorder(), options)
 
 
 @pytest.mark.gpu

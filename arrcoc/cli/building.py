@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +10,19 @@ import typer
 
 from arrcoc.cli.options import Debug, Json, Model
 from arrcoc.cli.root import app
-from arrcoc.console import quiet_transformers, reporting, working
+from arrcoc.console import phases, quiet_transformers, reporting, working
 
 if TYPE_CHECKING:
-    from arrcoc.lod.manifest import Manifest
+    from torch import Tensor
+
+    from arrcoc.config import Config
+    from arrcoc.lod.build import Judge, Progress
+    from arrcoc.lod.manifest import Accuracy, Manifest
     from arrcoc.lod.recipe import Recipe
     from arrcoc.qwen import QwenVL
 
+PLACARD_PX = 1024
+"""Side of placards' images that fp8 is judged by."""
 _RECIPE_HELP = "YAML recipe, as in engines/; options replace its keys."
 
 
@@ -31,8 +36,25 @@ def build(
         str | None, typer.Option(metavar="tensorrt|tensorrt_rtx|onnx|torch", help="What runs the engines.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="fp16|bf16|fp32", help="Of weights and activations.")
+        str | None, typer.Option(metavar="fp16|bf16|fp32|fp8", help="Of weights and activations.")
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Folder of your images; fp8 is calibrated on their tiles."),
+    ] = None,
+    percentile: Annotated[
+        float | None, typer.Option(help="Of a layer's inputs, the largest that fp8 holds; 100 unless given.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Largest relative error of fp8 encodings; 0.1 unless given.")
+    ] = None,
+    max_accuracy_loss: Annotated[
+        float | None, typer.Option(help="Largest share of questions that fp8 may cost; 0.01 is one in 100.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Questions for that: placards, FILE.jsonl or FILE.parquet.")
+    ] = None,
+    questions: Annotated[int | None, typer.Option(help="Most of these; 200 unless given.")] = None,
     arch: Annotated[
         str | None, typer.Option(metavar="current|sm80,sm89,sm120", help="GPUs to build for.")
     ] = None,
@@ -43,8 +65,15 @@ def build(
     timing_cache: Annotated[
         Path | None, typer.Option(dir_okay=False, help="File of kernel timings, kept between builds.")
     ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(metavar="0-5", help="How long to search for fast kernels.")
+    ] = None,
     max_batch: Annotated[
         str | None, typer.Option(metavar="N,N,N,N", help="Largest batch at each LOD, background first.")
+    ] = None,
+    plan_stage: Annotated[
+        str | None,
+        typer.Option(metavar="HxW,HxW", help="Sizes of images to measure and score by engines too."),
     ] = None,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder to write.")] = None,
     json: Json = False,
@@ -56,11 +85,19 @@ def build(
         "preset": preset,
         "backend": backend,
         "precision": precision,
+        "calibrate": calibrate,
+        "percentile": percentile,
+        "max_error": max_error,
+        "max_accuracy_loss": max_accuracy_loss,
+        "dataset": dataset,
+        "questions": questions,
         "arch": None if arch is None else tuple(arch.split(",")),
         "separate": separate or None,
         "workspace_gb": workspace_gb,
         "timing_cache": timing_cache,
+        "optimization_level": optimization_level,
         "max_batch": None if max_batch is None else tuple(max_batch.split(",")),
+        "plan_stage": None if plan_stage is None else tuple(plan_stage.split(",")),
         "out": out,
     }
     changes = {name: value for name, value in given.items() if value is not None}
@@ -69,12 +106,17 @@ def build(
         from arrcoc.lod.recipe import Recipe, check
 
         made = Recipe.make(changes) if recipe is None else Recipe.read(recipe, changes)
-        check(made)
+        config, judge = check(made), _judge(made)
         with working("loading the model"):
             quiet_transformers()
             qwen = _load(made)
-        with _showing() as progress:
-            manifest = builds.build(made, qwen, progress)
+        from arrcoc import query_free
+
+        edge = qwen.vision.token_px
+        beside = [query_free.exportable(config, edge, *size) for size in made.image_sizes]
+        with phases() as progress:
+            tiles = _tiles(made, config, edge)
+            manifest = builds.build(made, qwen, progress, beside, tiles, judge)
         _finish(manifest, made.out, json)
 
 
@@ -92,25 +134,26 @@ def _load(recipe: Recipe) -> QwenVL:
     return qwen.load(source, torch.device("cpu"), DTYPES[recipe.precision])
 
 
-@contextmanager
-def _showing() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress on stderr: a bar of the builder's phase on a terminal, else a line for each step of ours."""
-    from rich.console import Console
+def _tiles(recipe: Recipe, config: Config, token_px: int) -> list[Tensor]:
+    """Tiles to calibrate on, where the recipe asks for that."""
+    from arrcoc.calibration import read_tiles
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda what, done, total: None if total else typer.echo(what, err=True)
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    return [] if recipe.calibrate is None else read_tiles(recipe.calibrate, config, token_px)
 
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
 
-        def show(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total or None)
+def _judge(recipe: Recipe) -> Judge | None:
+    """What asks questions with and without fp8, where the recipe limits what that may cost."""
+    if recipe.max_accuracy_loss is None:
+        return None
+    from arrcoc.evaluation import datasets, float8_loss
 
-        yield show
+    cases = datasets.load(recipe.dataset, PLACARD_PX, recipe.questions, 0)
+
+    def judge(largest: Mapping[str, float], progress: Progress) -> Accuracy:
+        chosen = recipe.model, recipe.preset, largest, cases, recipe.questions
+        return float8_loss.measure(*chosen, progress)
+
+    return judge
 
 
 def _finish(manifest: Manifest, out: Path, json: bool) -> None:

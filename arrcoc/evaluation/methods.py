@@ -26,8 +26,9 @@ from arrcoc.errors import ConfigError
 from arrcoc.evaluation import stock
 from arrcoc.evaluation.records import Box, Cases, Given, Picture
 from arrcoc.evaluation.rivals import fastv, visionzip
+from arrcoc.judging import Judge
 from arrcoc.lod import TorchLodEngine
-from arrcoc.pipeline import Judge, Pipeline
+from arrcoc.pipeline import Pipeline
 from arrcoc.qwen import QwenVL, load
 from arrcoc.records import Features, Frame, Lod, Query, Texture
 from arrcoc.timing import StageTimer

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import arrcoc
 from arrcoc.config import Config
 from arrcoc.errors import EngineBuildError
+from arrcoc.lod.beside import Beside
+from arrcoc.lod.beside import export as export_beside
 from arrcoc.lod.built import ONNX_FILE, builder_name, compute_capability, tower_facts
-from arrcoc.lod.export import LEGACY_OPSET, OPSET, compare, export, patch_count
-from arrcoc.lod.manifest import LodPlan, Manifest, record_files
+from arrcoc.lod.calibrate import calibrate, converted, encoding_error, require_accuracy, require_answers
+from arrcoc.lod.export import FLOAT8_OPSET, LEGACY_OPSET, OPSET, compare, export, patch_count
+from arrcoc.lod.float8_graph import quantized
+from arrcoc.lod.manifest import Accuracy, Calibration, FrameGraph, LodPlan, Manifest, record_files
 from arrcoc.lod.plan import PLAN_BACKENDS, trt_module
 from arrcoc.lod.plan_builder import PlanOptions, Profile, strongly_typed
 from arrcoc.lod.plan_builder import build as build_plan
@@ -27,19 +33,31 @@ from arrcoc.vision import VisionWeights
 
 Progress = Callable[[str, int, int], None]
 """(what is under way, steps done, steps in all); 0 of 0 where a step of the build itself begins."""
+Judge = Callable[[Mapping[str, float], Progress], Accuracy]
+"""Given the largest input of every block layer by name: what float8 so calibrated costs in answers."""
 
 PLAN_FILE = "tower.plan"
 _LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest relative error of the graph under ONNX Runtime against torch in the same precision."""
 
 
-def build(recipe: Recipe, qwen: QwenVL, progress: Progress | None = None) -> Manifest:
+def build(
+    recipe: Recipe,
+    qwen: QwenVL,
+    progress: Progress | None = None,
+    beside: Sequence[Beside] = (),
+    tiles: Sequence[Tensor] = (),
+    judge: Judge | None = None,
+) -> Manifest:
     """Build engines into `recipe.out`; the folder appears, or is replaced, when all of it is done.
 
     Args:
         recipe: what to build.
         qwen: the checkpoint on the CPU, in the recipe's precision.
         progress: told what is under way.
+        tiles: for each LOD, uint8 [K, 3, e, e], for an fp8 build to be calibrated on.
+        beside: graphs for the recipe's `plan_stage`, of which two may have the same frame.
+        judge: what the recipe's `max_accuracy_loss` is measured with.
 
     Raises:
         EngineBuildError: the exporter, parser or builder refused it, or the graph computes something else.
@@ -55,9 +73,11 @@ def build(recipe: Recipe, qwen: QwenVL, progress: Progress | None = None) -> Man
     try:
         begin = time.perf_counter()
         told = progress or (lambda what, done, total: None)
-        lods, opset = _write(recipe, config, StaticTower(qwen.vision), work, told)
+        weights, calibration = _weights(recipe, qwen, tiles, judge, told)
+        lods, opset = _write(recipe, config, StaticTower(weights), work, told)
+        graphs = [_write_beside(recipe, config, graph, work, told) for graph in _distinct(beside)]
         seconds = round(time.perf_counter() - begin, 2)
-        manifest = _manifest(recipe, config, qwen, lods, opset, work, seconds)
+        manifest = _manifest(recipe, config, qwen, lods, opset, graphs, calibration, work, seconds)
         manifest.write(work)
         _replace(work, out)
     except BaseException:
@@ -74,6 +94,55 @@ def profile(weights: VisionWeights, side: int, halo: int, max_batch: int) -> Pro
     return {"patches": ((1, count, width), most, most)} | {n: (s, s, s) for n, s in fixed.items()}
 
 
+def _weights(
+    recipe: Recipe, qwen: QwenVL, tiles: Sequence[Tensor], judge: Judge | None, progress: Progress
+) -> tuple[VisionWeights, Calibration | None]:
+    """The weights to export; float8 is calibrated and judged in fp32, on a GPU if there is one."""
+    if recipe.precision != "fp8":
+        return qwen.vision, None
+    assert len(tiles) == len(recipe.max_batch), "fp8 wants tiles of every LOD"
+    progress("calibrating float8", 0, 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wide = converted(qwen.vision, device, torch.float32)
+    largest = calibrate(wide, tiles, recipe.percentile, progress)
+    progress("judging float8", 0, 0)
+    error = encoding_error(wide, largest, tiles)
+    require_accuracy(error, recipe.max_error)
+    accuracy = _answers(recipe, largest, judge, progress)
+    calibration = Calibration(
+        tiles=tuple(map(len, tiles)),
+        percentile=recipe.percentile,
+        error={name: round(value, 5) for name, value in error.items()},
+        max_error=recipe.max_error,
+        accuracy=accuracy,
+        max_accuracy_loss=recipe.max_accuracy_loss,
+    )
+    return quantized(qwen.vision, largest), calibration
+
+
+def _answers(
+    recipe: Recipe, largest: Mapping[str, float], judge: Judge | None, progress: Progress
+) -> Accuracy | None:
+    """What float8 costs in answers, if the recipe limits that; refused above the limit."""
+    if recipe.max_accuracy_loss is None:
+        return None
+    assert judge is not None, "a limit on answers wants something that asks"
+    progress("answering questions", 0, 0)
+    accuracy = judge(largest, progress)
+    require_answers(accuracy, recipe.max_accuracy_loss)
+    return accuracy
+
+
+def _opset(recipe: Recipe) -> int:
+    typed = strongly_typed(trt_module(recipe.backend))
+    if recipe.precision == "fp8":
+        if not typed:
+            given = f"precision fp8 with {builder_name(recipe.backend)}"
+            raise EngineBuildError(given, "a version with strong typing", "Choose fp16, or a newer version")
+        return FLOAT8_OPSET
+    return OPSET if typed else LEGACY_OPSET
+
+
 def _write(
     recipe: Recipe, config: Config, tower: StaticTower, work: Path, progress: Progress
 ) -> tuple[list[LodPlan], int | None]:
@@ -87,7 +156,7 @@ def _write(
         progress("comparing with torch", 0, 0)
         _compare(work / ONNX_FILE, tower, config.sides[0] + 2 * config.halo, recipe.precision)
         return [LodPlan(side=s, file=ONNX_FILE, profile=0, max_batch=b) for s, b in sizes], OPSET
-    opset = OPSET if strongly_typed(trt_module(recipe.backend)) else LEGACY_OPSET
+    opset = _opset(recipe)
     graphs = work / "graphs"
     graphs.mkdir()
     progress("exporting the tower", 0, 0)
@@ -109,8 +178,39 @@ def _write(
 def _write_plan(recipe: Recipe, graph: Path, profiles: list[Profile], path: Path, progress: Progress) -> None:
     progress(f"building {path.name}", 0, 0)
     workspace = None if recipe.workspace_gb is None else int(recipe.workspace_gb * (1 << 30))
-    options = PlanOptions(recipe.precision, recipe.arch, workspace, recipe.timing_cache)
+    options = PlanOptions(
+        recipe.precision, recipe.arch, workspace, recipe.timing_cache, recipe.optimization_level
+    )
     path.write_bytes(build_plan(recipe.backend, graph, profiles, options, progress))
+
+
+def _distinct(beside: Sequence[Beside]) -> list[Beside]:
+    return list({graph.name: graph for graph in beside}.values())
+
+
+def _write_beside(
+    recipe: Recipe, config: Config, graph: Beside, work: Path, progress: Progress
+) -> FrameGraph:
+    """Write one graph of `plan_stage` as ONNX, or as a plan in fp32."""
+    pixels = graph.inputs["pixels"]
+    suffix = "plan" if recipe.backend in PLAN_BACKENDS else "onnx"
+    made = FrameGraph(
+        height=pixels.shape[1], width=pixels.shape[2], cells=config.cells, file=f"{graph.name}.{suffix}"
+    )
+    if recipe.backend in PLAN_BACKENDS and not strongly_typed(trt_module(recipe.backend)):
+        given = f"plan_stage with {builder_name(recipe.backend)}, which reads ONNX up to opset {LEGACY_OPSET}"
+        raise EngineBuildError(given, f"a version that reads opset {OPSET}", "Leave it out")
+    progress(f"exporting {graph.name}", 0, 0)
+    if recipe.backend not in PLAN_BACKENDS:
+        export_beside(graph, work / made.file)
+        return made
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        source = Path(scratch) / f"{graph.name}.onnx"
+        export_beside(graph, source)
+        progress(f"building {made.file}", 0, 0)
+        options = PlanOptions("fp32", recipe.arch)
+        (work / made.file).write_bytes(build_plan(recipe.backend, source, [], options, progress))
+    return made
 
 
 def _compare(path: Path, tower: StaticTower, edge: int, precision: str) -> None:
@@ -127,6 +227,8 @@ def _manifest(
     qwen: QwenVL,
     lods: list[LodPlan],
     opset: int | None,
+    graphs: list[FrameGraph],
+    calibration: Calibration | None,
     work: Path,
     seconds: float,
 ) -> Manifest:
@@ -143,11 +245,13 @@ def _manifest(
         preset=recipe.preset,
         halo=config.halo,
         lods=(first, second, third, fourth),
-        precision=recipe.precision,  # type: ignore[arg-type]  # `check` refused fp8
+        precision=recipe.precision,
+        calibration=calibration,
         archs=recipe.arch,
         separate=recipe.separate,
         arch=compute_capability(gpu) if plans else None,
         opset=opset,
+        plan_stage=tuple(graphs),
         files=record_files(work, (path.name for path in work.iterdir())),
         build_seconds=seconds,
     ).sealed()

@@ -10,13 +10,14 @@ import torch
 
 from arrcoc.errors import EngineMismatchError
 from arrcoc.lod import manifest as manifests
+from arrcoc.lod.beside import OnnxGraph, PlanGraphRunner
 from arrcoc.lod.manifest import LodPlan, Manifest
 from arrcoc.lod.onnx_engine import OnnxRunner
 from arrcoc.lod.plan import PLAN_BACKENDS, Plan, trt_module
 from arrcoc.lod.protocol import LodEngine
 from arrcoc.lod.static_engine import DTYPES, Runner, StaticLodEngine, capped
-from arrcoc.lod.tensorrt_engine import PlanRunner
-from arrcoc.lod.torch_engine import TorchLodEngine
+from arrcoc.lod.tensorrt_engine import PlanRunner, Scratch
+from arrcoc.lod.torch_engines import TorchEngines
 from arrcoc.qwen import QwenVL
 from arrcoc.vision import VisionWeights
 
@@ -29,8 +30,10 @@ class BuiltEngines:
     def __init__(self, folder: Path, manifest: Manifest, qwen: QwenVL) -> None:
         """Args: what `open` verified."""
         self.folder, self.manifest, self._qwen = folder, manifest, qwen
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, tuple[Plan, Scratch]] = {}
         self._onnx: OnnxRunner | None = None
+        self._torch: TorchEngines | None = None
+        self._graphs: dict[str, OnnxGraph | PlanGraphRunner] = {}
 
     @classmethod
     def open(cls, folder: str | Path, qwen: QwenVL) -> BuiltEngines:
@@ -72,7 +75,9 @@ class BuiltEngines:
         (lod,) = [lod for lod in made.lods if lod.side == side]
         kept = capped(buckets, lod.max_batch)
         if made.backend == "torch":
-            return TorchLodEngine(qwen, side, kept, made.halo)
+            if self._torch is None:
+                self._torch = TorchEngines(qwen)
+            return self._torch.engine(side, kept, made.halo)
         runner, runtime = self._runner(lod)
         backend = f"{runtime} {made.precision}"
         identity = f"{made.fingerprint} side={side} {backend} {qwen.dtype} {qwen.device.type}"
@@ -80,6 +85,28 @@ class BuiltEngines:
         return StaticLodEngine(
             runner, qwen.vision, side, made.halo, kept, made.precision, qwen.dtype, backend, fingerprint
         )
+
+    def plan_stage(self, height: int, width: int, cells: int) -> OnnxGraph | PlanGraphRunner | None:
+        """What measures and scores frames of this shape; None where the build has nothing for it.
+
+        Raises:
+            EngineMismatchError: its file is missing or changed, or the runtime refuses it.
+        """
+        made = self.manifest
+        for graph in made.plan_stage:
+            if (graph.height, graph.width, graph.cells) == (height, width, cells):
+                if graph.file not in self._graphs:
+                    self._graphs[graph.file] = self._graph(graph.file)
+                return self._graphs[graph.file]
+        return None
+
+    def _graph(self, name: str) -> OnnxGraph | PlanGraphRunner:
+        data = self.manifest.read_file(self.folder, name)
+        if self.manifest.backend == "onnx":
+            return OnnxGraph(data)
+        with torch.cuda.device(self._qwen.device):
+            plan = Plan(self.manifest.backend, data, str(self.folder / name))
+        return PlanGraphRunner(plan, self._qwen.device)
 
     def _runner(self, lod: LodPlan) -> tuple[Runner, str]:
         """What runs a LOD, and the runtime's name for people."""
@@ -93,8 +120,10 @@ class BuiltEngines:
         if lod.file not in self._plans:
             data = made.read_file(self.folder, lod.file)
             with torch.cuda.device(self._qwen.device):
-                self._plans[lod.file] = Plan(made.backend, data, str(self.folder / lod.file))
-        return PlanRunner(self._plans[lod.file], lod.profile, self._qwen.device), made.builder
+                plan = Plan(made.backend, data, str(self.folder / lod.file))
+            self._plans[lod.file] = plan, Scratch(plan, self._qwen.device)
+        plan, scratch = self._plans[lod.file]
+        return PlanRunner(plan, lod.profile, self._qwen.device, scratch), made.builder
 
 
 def tower_facts(weights: VisionWeights, width: int) -> dict[str, int]:

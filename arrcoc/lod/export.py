@@ -11,10 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from arrcoc.errors import EngineBuildError
+from arrcoc.lod.float8_graph import in_float8, translations
 from arrcoc.lod.tower import Geometry, StaticTower, geometry
 from arrcoc.vision import VisionWeights
 
@@ -22,6 +24,9 @@ INPUTS = ("patches", "positions", "cos", "sin")
 OUTPUTS = ("tokens", "deepstack")
 
 OPSET = 18
+FLOAT8_OPSET = 21
+"""The first whose quantising operators take fp16 and float8 together."""
+_SCALE_NODES = ("Sqrt", "Cast", "Div")
 LEGACY_OPSET = 17
 """What TensorRT 8.6 reads; written by the tracing exporter, since the dynamo one begins at 18."""
 
@@ -61,12 +66,12 @@ def export(tower: StaticTower, path: Path, opset: int = OPSET) -> None:
     Args:
         tower: on the CPU.
         path: file to write; the weights go to `<name>.data` beside it (opset 17: into it).
-        opset: 17 (for TensorRT 8.6), or 18 and above.
+        opset: 17 (for TensorRT 8.6), or 18 and above; a tower in float8 takes 21 and above.
 
     Raises:
         EngineBuildError: onnx or onnxscript is missing, or the exporter refused the graph.
     """
-    require("onnx", "onnxscript")
+    require("onnx", *([] if opset < OPSET else ["onnxscript"]))
     weights = tower.weights
     shape = geometry(weights, 2, 2)
     patches = shape.positions.new_zeros(2, len(shape.positions), weights.patch_weight.shape[1])
@@ -76,8 +81,11 @@ def export(tower: StaticTower, path: Path, opset: int = OPSET) -> None:
     else:
         shapes = _dynamic_shapes(weights.merge**2)
         names |= {"dynamo": True, "dynamic_shapes": shapes, "external_data": True}
+        if in_float8(weights):
+            (opsets,) = require("onnxscript")
+            names["custom_translation_table"] = translations(getattr(opsets, f"opset{opset}"))
     try:
-        with _quiet():
+        with quiet():
             torch.onnx.export(_Exportable(tower).eval(), (patches, *shape), path, **names)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -85,22 +93,61 @@ def export(tower: StaticTower, path: Path, opset: int = OPSET) -> None:
         raise EngineBuildError(
             f"{given}: {reason}", "a tower it takes", "Try another torch version"
         ) from error
-    _forget_origins(path)
+    _tidy(path, weights.head_dim)
 
 
-def _forget_origins(path: Path) -> None:
-    """Drop the exporter's notes of where in which source file each node came from.
+def _tidy(path: Path, head_dim: int) -> None:
+    """Drop the exporter's notes of where in which source file each node came from; fold attention's scale.
 
-    They name folders of this machine, and would make equal builds on two machines differ.
+    The notes name folders of this machine, and would make equal builds on two machines differ.
     """
     (onnx,) = require("onnx")
     model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    _fold_attention_scale(onnx, graph, head_dim)
+    forget_origins(model)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def forget_origins(model: Any) -> None:
+    """Drop the exporter's notes of where in which source file each node of an ONNX model came from."""
     graph = model.graph
     values = (*graph.value_info, *graph.input, *graph.output, *graph.initializer)
     for item in (model, graph, *graph.node, *values):
         item.ClearField("metadata_props")
         item.ClearField("doc_string")
-    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _fold_attention_scale(onnx: ModuleType, graph: Any, head_dim: int) -> None:
+    """Replace what the tracing exporter writes for head_dim ** -0.25 by that number.
+
+    It derives the number from the shape of each query, in the graph's precision, in seven nodes. A builder
+    that cannot see through that keeps them between the products of attention.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        source, kinds = node, []
+        while source is not None and source.op_type in _SCALE_NODES:
+            kinds.append(source.op_type)
+            source = makers.get(source.input[1 if source.op_type == "Div" else 0])
+        if kinds[:1] != ["Sqrt"] or "Div" not in kinds or source is None or source.op_type != "Slice":
+            continue
+        kind = onnx.helper.tensor_dtype_to_np_dtype(makers[node.input[0]].attribute[0].i)
+        number = onnx.numpy_helper.from_array(np.array([head_dim**-0.25], kind))
+        node.CopyFrom(onnx.helper.make_node("Constant", [], list(node.output), node.name, value=number))
+    _drop_unused(graph)
+
+
+def _drop_unused(graph: Any) -> None:
+    """Remove nodes whose outputs nobody reads."""
+    wanted = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
 
 
 def _open_axes() -> dict[str, dict[int, str]]:
@@ -123,7 +170,7 @@ def _dynamic_shapes(group: int) -> tuple[dict[int, Any], ...]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporters talk on stdout, in warnings and in logs of what they try; errors are raised anyway."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -187,7 +234,10 @@ def compare(path: Path, tower: StaticTower, edge: int, batch: int = 2, seed: int
     generator = torch.Generator().manual_seed(seed)
     width = tower.weights.patch_weight.shape[1]
     patches = torch.randn(batch, len(shape.positions), width, generator=generator).to(shape.positions.dtype)
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    # Else it takes products of float8 for ones of integers, and refuses them (1.31).
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feeds = {name: t.detach().numpy() for name, t in zip(INPUTS, (patches, *shape), strict=True)}
     tokens, planes = (torch.from_numpy(array) for array in session.run(list(OUTPUTS), feeds))
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from arrcoc.errors import EngineMismatchError
 MANIFEST_FILE = "manifest.json"
 
 Backend = Literal["tensorrt", "tensorrt_rtx", "onnx", "torch"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 _UNIDENTIFIED = {"fingerprint", "model", "preset", "build_seconds"}
 """Fields that features do not depend on: two builds that differ in these alone share cached tiles."""
 
@@ -40,6 +40,55 @@ class LodPlan(BaseModel):
     max_batch: int
 
 
+class FrameGraph(BaseModel):
+    """The file that measures and scores frames of one shape, at so many texture cells to a tile's edge."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    height: int
+    width: int
+    cells: int
+    file: str
+
+
+class Accuracy(BaseModel):
+    """Share of questions answered right, without and with fp8."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str
+    questions: int
+    plain: float
+    fp8: float
+
+    @property
+    def loss(self) -> float:
+        """How much of all questions fp8 costs; negative where it happens to help."""
+        return self.plain - self.fp8
+
+
+class Calibration(BaseModel):
+    """How an fp8 build was calibrated, and what it costs.
+
+    Attributes:
+        tiles: of each LOD, those held out included.
+        percentile: of the magnitudes in a batch that counts as the largest.
+        error: by output, relative error of the encodings of tiles held out.
+        max_error: the limit that was set.
+        accuracy: what it costs in answers, where that was asked.
+        max_accuracy_loss: the limit that was set on it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tiles: tuple[int, ...]
+    percentile: float
+    error: dict[str, float]
+    max_error: float
+    accuracy: Accuracy | None = None
+    max_accuracy_loss: float | None = None
+
+
 class Manifest(BaseModel):
     """Facts about a build; `fingerprint` covers all that its features depend on.
 
@@ -54,11 +103,14 @@ class Manifest(BaseModel):
         preset: name or file of the preset, for people.
         halo: tokens of margin.
         lods: background, low, medium, high.
-        precision: of weights and activations; the rotary embedding is in fp32 always.
+        precision: of weights and activations; the rotary embedding is in fp32 always, and all but the block
+            linears in fp16 where this is fp8.
+        calibration: of an fp8 build.
         archs: compute capabilities built for, `current` for the one of the building machine.
         separate: whether each LOD has a plan of its own.
         arch: compute capability of the building machine, such as `sm90`; None without a GPU.
         opset: of the ONNX graph; None for torch.
+        plan_stage: what measures and scores frames, by their shape.
         files: by name, everything that loading reads.
         build_seconds: from the loaded checkpoint to the written files.
         fingerprint: see `Manifest.identity`.
@@ -77,10 +129,12 @@ class Manifest(BaseModel):
     halo: int
     lods: tuple[LodPlan, LodPlan, LodPlan, LodPlan]
     precision: Precision
+    calibration: Calibration | None = None
     archs: tuple[str, ...]
     separate: bool
     arch: str | None
     opset: int | None
+    plan_stage: tuple[FrameGraph, ...] = ()
     files: dict[str, PlanFile]
     build_seconds: float
     fingerprint: str = ""
@@ -92,7 +146,9 @@ class Manifest(BaseModel):
 
     def identity(self) -> str:
         """Hex digest of every field but those for people alone, and so of the files' SHA-256 too."""
-        facts = self.model_dump(mode="json", exclude=_UNIDENTIFIED)
+        # As builds before there were such fields.
+        unused = {name for name in ("plan_stage", "calibration") if not getattr(self, name)}
+        facts = self.model_dump(mode="json", exclude=_UNIDENTIFIED | unused)
         text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -112,8 +168,10 @@ class Manifest(BaseModel):
             "--preset": self.preset,
             "--backend": self.backend,
             "--precision": self.precision,
+            "--calibrate": "FOLDER" if self.calibration else None,
             "--arch": ",".join(self.archs),
             "--max-batch": ",".join(str(lod.max_batch) for lod in self.lods),
+            "--plan-stage": ",".join(f"{g.height}x{g.width}" for g in self.plan_stage) or None,
             "--out": folder,
         }
         options = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)

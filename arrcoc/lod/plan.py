@@ -6,14 +6,16 @@ wheel of TensorRT 8.6.0 wants. `arrcoc.lod.plan_builder` makes plans.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, Optional
 
 from arrcoc.errors import EngineBuildError, EngineMismatchError
 
 PLAN_BACKENDS = ("tensorrt", "tensorrt_rtx")
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+_LOG = logging.getLogger(__name__)
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
@@ -33,7 +35,11 @@ def trt_module(backend: str) -> Any:
 
 
 def make_log(trt: Any) -> Any:
-    """A logger for a module of `trt_module`; its `.errors` keeps the errors logged, oldest first."""
+    """A logger for a module of `trt_module`; its `.errors` keeps the errors logged, oldest first.
+
+    The library's warnings go to Python's logging as info, its information as debug.
+    """
+    levels = trt.ILogger.Severity
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -41,8 +47,12 @@ def make_log(trt: Any) -> Any:
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+            if severity == levels.VERBOSE:
+                return
+            if severity in (levels.ERROR, levels.INTERNAL_ERROR):
                 self.errors.append(" ".join(message.split()))
+            level = logging.DEBUG if severity == levels.INFO else logging.INFO
+            _LOG.log(level, "%s: %s", trt.__name__, message)
 
     return Log()
 
@@ -69,6 +79,7 @@ class Plan:
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise _refused(backend, trt, name, log.errors)
+        self._strategies = getattr(trt, "ExecutionContextAllocationStrategy", None)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         mode = self._engine.get_tensor_mode
         self.inputs: tuple[str, ...] = tuple(n for n in names if mode(n) == trt.TensorIOMode.INPUT)
@@ -83,15 +94,24 @@ class Plan:
         """Precision of an input or output: float32, float16 or bfloat16."""
         return _DTYPES[str(self._engine.get_tensor_dtype(tensor)).rpartition(".")[2]]
 
-    def context(self, profile: int, stream: int) -> Context:
-        """Memory for activations and the state to run one profile with.
+    def scratch_bytes(self, profile: int) -> int:
+        """Device memory that activations of one profile take; 8.6 tells the largest of all profiles."""
+        for name in ("get_device_memory_size_for_profile_v2", "get_device_memory_size_for_profile"):
+            if hasattr(self._engine, name):
+                return int(getattr(self._engine, name)(profile))
+        return int(self._engine.device_memory_size)
+
+    def context(self, profile: int, stream: int, scratch: Optional[int] = None) -> Context:  # noqa: UP045
+        """The state to run one profile with.
 
         Args:
             profile: its index; two contexts of one plan must not share it.
             stream: address of a CUDA stream; wait for it before the first `Context.enqueue` on another.
+            scratch: device address of `scratch_bytes(profile)` bytes that outlive the context; contexts that
+                never run at once may share them. None leaves the memory to the runtime, for each context.
         """
         assert 0 <= profile < self.n_profiles, (profile, self.n_profiles)
-        context = self._engine.create_execution_context()
+        context = self._bare_context(profile, scratch)
         if context is None or not context.set_optimization_profile_async(profile, stream):
             reason = self._log.errors[-1] if self._log.errors else "no reason given"
             given = f"a context for profile {profile}, which the runtime refused: {reason}"
@@ -99,6 +119,20 @@ class Plan:
                 given, "a plan that fits this GPU's memory", "Build for smaller batches"
             )
         return Context(context, self.inputs, self.outputs)
+
+    def _bare_context(self, profile: int, scratch: Optional[int]) -> Any:  # noqa: UP045
+        engine, strategies = self._engine, self._strategies
+        if scratch is None:
+            return engine.create_execution_context()
+        if strategies is None:  # up to 9
+            context = engine.create_execution_context_without_device_memory()
+            if context is not None:
+                context.device_memory = scratch
+            return context
+        context = engine.create_execution_context(strategies.USER_MANAGED)
+        if context is not None:
+            context.set_device_memory(scratch, self.scratch_bytes(profile))
+        return context
 
 
 class Context:

@@ -3,6 +3,8 @@
 Runs under Python 3.9 too. What differs between versions is asked of the module, never of its version:
 8.6 wants `EXPLICIT_BATCH` and takes the precision as a builder flag; later ones are strongly typed, so the
 precision is the graph's own; TensorRT-RTX builds for other GPUs than the one at hand, or without any.
+Where the precision is a flag, the builder may compute in it whatever is faster so: what the graph has in
+fp32 is pinned.
 """
 
 from __future__ import annotations
@@ -36,12 +38,14 @@ class PlanOptions:
         archs: compute capabilities such as `sm89`, or `current` alone for the GPU at hand.
         workspace_bytes: most memory that one kernel may use besides tensors; None is the library's limit.
         timing_cache: file of kernel timings, read if there and written afterwards.
+        level: how long the builder searches for fast kernels, 0 to 5; None is the library's default.
     """
 
     precision: str
     archs: Sequence[str] = (CURRENT,)
     workspace_bytes: Optional[int] = None  # noqa: UP045
     timing_cache: Optional[Path] = None  # noqa: UP045
+    level: Optional[int] = None  # noqa: UP045
 
 
 def build(
@@ -74,9 +78,10 @@ def build(
     _parse(trt, log, network, onnx)
     config = builder.create_builder_config()
     set_precision(trt, config, options.precision)
+    if options.precision != "fp32" and not strongly_typed(trt):
+        pin_fp32(trt, config, network)
     set_archs(trt, config, options.archs)
-    if options.workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    set_effort(trt, config, options)
     for number, profile in enumerate(profiles):
         _add_profile(builder, config, number, profile)
     if progress is not None and hasattr(trt, "IProgressMonitor"):
@@ -128,6 +133,48 @@ def set_precision(trt: Any, config: Any, precision: str) -> None:
         given = f"precision {precision} with {trt.__name__} {trt.__version__}, which does not have it"
         raise EngineBuildError(given, "fp16 or fp32", "Choose one of these")
     config.set_flag(flag)
+
+
+def pin_fp32(trt: Any, config: Any, network: Any) -> int:
+    """Have a weakly typed builder compute in fp32 what the graph casts to it, as the rotary embedding is.
+
+    Followed from inputs and casts in fp32 up to the casts out of it, since the types that such a network
+    tells of its own tensors are only guesses before it is built.
+
+    Returns:
+        How many layers were pinned.
+    """
+    config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+    wide = {t.name for t in map(network.get_input, range(network.num_inputs)) if t.dtype == trt.float32}
+    pinned = 0
+    for layer in map(network.get_layer, range(network.num_layers)):
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        if layer.type == trt.LayerType.CAST:
+            wide.update(tensor.name for tensor in outputs if tensor.dtype == trt.float32)
+        elif layer.type != trt.LayerType.SHAPE and any(t is not None and t.name in wide for t in inputs):
+            wide.update(tensor.name for tensor in outputs)
+            layer.precision = trt.float32
+            for place in range(layer.num_outputs):
+                layer.set_output_type(place, trt.float32)
+            pinned += 1
+    return pinned
+
+
+def set_effort(trt: Any, config: Any, options: PlanOptions) -> None:
+    """Set how much memory and time the builder may take.
+
+    Raises:
+        EngineBuildError: the version has no such levels.
+    """
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if options.level is None:
+        return
+    if not hasattr(config, "builder_optimization_level"):
+        given = f"optimisation level {options.level} with {trt.__name__} {trt.__version__}"
+        raise EngineBuildError(given, "8.6 and above", "Leave it out")
+    config.builder_optimization_level = options.level
 
 
 def set_archs(trt: Any, config: Any, archs: Sequence[str]) -> None:

@@ -15,37 +15,48 @@ from arrcoc.records import Features
 _OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class PlanRunner:
-    """One optimisation profile of a plan, with an execution context of its own.
+class Scratch:
+    """Device memory for the activations of all profiles of a plan, of which one runs at a time.
 
-    A context's activations are overwritten by its next call, whatever stream that comes on. So calls wait
-    for one another on the device (never on the host), and runners of other LODs may overlap.
+    Its contents are overwritten by the next call, whatever stream that comes on. So calls wait for one
+    another on the device, never on the host.
     """
 
-    def __init__(self, plan: Plan, profile: int, device: torch.device) -> None:
-        """Args: a plan on `device`, and which of its profiles."""
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        """Args: a plan on `device`."""
+        most = max(plan.scratch_bytes(profile) for profile in range(plan.n_profiles))
+        self.memory = torch.empty(max(most, 1), dtype=torch.uint8, device=device)
+        self.lock = threading.Lock()
+        with torch.cuda.device(device):
+            self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+class PlanRunner:
+    """One optimisation profile of a plan, with an execution context of its own, over shared memory."""
+
+    def __init__(self, plan: Plan, profile: int, device: torch.device, scratch: Scratch) -> None:
+        """Args: a plan on `device`, which of its profiles, and the plan's scratch memory."""
         assert set(plan.inputs) == set(INPUTS), plan.inputs
         assert set(plan.outputs) == set(OUTPUTS), plan.outputs
-        self._plan, self._device, self._lock = plan, device, threading.Lock()
+        self._plan, self._device, self._scratch = plan, device, scratch
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device)
-            self._context = plan.context(profile, stream.cuda_stream)
+            self._context = plan.context(profile, stream.cuda_stream, scratch.memory.data_ptr())
             stream.synchronize()
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def __call__(self, patches: Tensor, shape: Geometry) -> Features:
         """Enqueue on the current stream; see `Runner`."""
         inputs = dict(zip(INPUTS, (patches, *shape), strict=True))
         assert all(tensor.is_contiguous() for tensor in inputs.values())
-        with self._lock, torch.cuda.device(self._device):
+        with self._scratch.lock, torch.cuda.device(self._device):
             stream = torch.cuda.current_stream(self._device)
             shapes = self._context.bind({name: tuple(tensor.shape) for name, tensor in inputs.items()})
             # New memory for each call: what is returned may be cached, and is never written again.
             outputs = {name: self._empty(name, shapes[name]) for name in OUTPUTS}
-            stream.wait_event(self._done)
+            stream.wait_event(self._scratch.done)
             addresses = {name: tensor.data_ptr() for name, tensor in (inputs | outputs).items()}
             self._context.enqueue(addresses, stream.cuda_stream)
-            self._done.record(stream)
+            self._scratch.done.record(stream)
         return Features(outputs["tokens"], outputs["deepstack"])
 
     def _empty(self, name: str, shape: tuple[int, ...]) -> Tensor:

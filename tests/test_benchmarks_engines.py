@@ -1,0 +1,103 @@
+"""Tables of full-size builds and of TensorRT 8.6: what is quoted, and what is not."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+ABOUT = {
+    "command": "python benchmarks/x.py",
+    "date": "2026-01-02",
+    "device": "NVIDIA H200",
+    "versions": {"torch": "2.11.0", "tensorrt": "8.6.0"},
+}
+ERRORS = {"fp32": {"tokens": 0.004, "planes": [0.001, 0.006]}, "rotation_flipped_tokens": 0.5}
+LINES = [
+    {"kind": "built", "build_seconds": 61.2, "plan_mb": 20.4},
+    {"kind": "loaded", "contexts_apart_mb": 40.0, "contexts_shared_mb": 11.0},
+    {"kind": "run", "name": "side2", "batch": 16, "ms": 1.5, **ERRORS},
+    {"kind": "graph", "name": "side2", "batch": 16, "ms": 1.25},
+    {"kind": "run", "name": "side2", "batch": 1, "ms": 0.75, **ERRORS},
+    {"kind": "graph", "name": "side2", "batch": 1, "ms": None, "refused": "x"},
+    {"kind": "done"},
+]
+TIMES = ABOUT | {
+    "matrix_peak_tflops": 500.0,
+    "cases": {
+        "2b": {
+            "gflop": {"side2": 400.0},
+            "eager_fp16_error": {"side2": 0.0014},
+            "plans": {"2b:1": [{"kind": "killed while building"}], "2b:0": LINES},
+            "torch": {"ms": {"side2 x16": {"eager": 3.0, "eager graph": 2.0, "compiled": 2.5}}},
+        }
+    },
+}
+BUILDS = ABOUT | {
+    "builds": {
+        "photo": {
+            "sides": [2, 4],
+            "max_batch": [64, 16],
+            "archs": ["sm80", "sm89"],
+            "builder": "tensorrt_rtx 1.7",
+            "opset": 18,
+            "seconds": 99.6,
+            "others_cpu_share": 0.02,
+            "files": {"tower.plan": 862_400_000},
+            "weight_bytes": 813_900_000,
+            "peak_bytes": 5 << 30,
+        }
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def tables() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        import engine_tables
+
+        yield engine_tables
+
+
+def test_times_are_of_the_plan_that_ran(tables: Any) -> None:
+    lines = tables.tensorrt86_times(TIMES, "2b").splitlines()
+    assert lines[2].split(" | ") == [
+        *("| side 2", "16", "1.50 ms", "1.25 ms", "3.00 ms", "2.00 ms", "2.50 ms", "", "0.80 ms |")
+    ]
+    assert lines[3].split(" | ") == ["| side 2", "1", "0.75 ms", "", "", "", "", "", " |"]
+    assert "level 0 built in 61 s, 20 MB, four contexts 40 MB apart, 11 MB over shared scratch" in lines[-1]
+    assert tables.tensorrt86_times(TIMES, "bundled") == "Not measured yet.\n"
+
+
+def test_errors_stand_beside_eager_and_the_turned_rotation(tables: Any) -> None:
+    row = tables.tensorrt86_errors(TIMES).splitlines()[2]
+    assert row == "| 2b | side 2 | 16 | 0.40% | 0.60% | 0.14% | 50.00% |"
+    empty: Any = copy.deepcopy(TIMES)
+    empty["cases"]["2b"]["plans"] = {"2b:1": []}
+    assert tables.tensorrt86_errors(empty) == "Not measured yet.\n"
+
+
+def test_seconds_are_quoted_of_a_quiet_machine_alone(tables: Any) -> None:
+    row = tables.builds_table(BUILDS).splitlines()[2]
+    assert row == "| `photo` | 2 / 4 | 64 / 16 | sm80, sm89 | 862 MB | 814 MB | 5.0 GiB | 100 s |"
+    for share in ({"others_cpu_share": 0.4}, {}):
+        busy: Any = copy.deepcopy(BUILDS)
+        del busy["builds"]["photo"]["others_cpu_share"]
+        busy["builds"]["photo"] |= share
+        assert "100 s" not in tables.builds_table(busy)
+        assert "other work ran beside it" in tables.builds_table(busy)
+
+
+def test_other_work_is_told_from_ones_own(tables: Any) -> None:
+    import engine_builds
+
+    begin = engine_builds.machine_seconds(), engine_builds.own_seconds()
+    total = 0
+    while engine_builds.own_seconds() - begin[1] < 0.3:
+        total += 1
+    assert engine_builds.machine_seconds() - begin[0] > 0.2
