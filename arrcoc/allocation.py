@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from numbers import Integral, Real
 from operator import truediv
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def least_tokens(grid: Grid, config: Config) -> int:
     plan may be all high instead, it is `full_tokens`.
     """
     coarsest = AUTO_STRIDES[-1] if config.overview_stride == "auto" else config.overview_stride
-    floor = _tile_tokens([config.min_lod] * grid.count, config)
+    floor = _least_tile_tokens(grid, config)
     if config.layout is not Layout.REPLACE:
         floor += overview_tokens(grid, config, coarsest)
     return min(floor, full_tokens(grid, config)) if _is_whole_at_full(grid, config) else floor
@@ -94,7 +95,7 @@ def overview_stride(grid: Grid, config: Config, budget: int) -> int:
     if whole or config.layout is Layout.REPLACE:
         return 0
     if config.overview_stride == "auto":
-        left = budget - _tile_tokens([config.min_lod] * grid.count, config)
+        left = budget - _least_tile_tokens(grid, config)
         most = min(left, config.overview_share * budget)
         within = (k for k in AUTO_STRIDES if overview_tokens(grid, config, k) <= most)
         chosen = next(within, AUTO_STRIDES[-1])
@@ -137,7 +138,7 @@ def plan(relevance: Relevance, grid: Grid, config: Config, budget: int) -> Plan:
     if whole:
         lods = [int(Lod.HIGH)] * grid.count
     else:
-        spare = budget - overview - _tile_tokens([config.min_lod] * grid.count, config)
+        spare = budget - overview - _least_tile_tokens(grid, config)
         assert spare >= 0, f"budget {budget} is below the least possible: use resolve_budget"
         lods = choose_lods(values.flatten().tolist(), ceilings, config, spare)
     tokens = overview + _tile_tokens(lods, config)
@@ -169,24 +170,32 @@ def choose_lods(relevance: Sequence[float], ceilings: Sequence[int], config: Con
         config: steps, `min_lod` and `lod_limits`.
         spare: tokens that may be added to every tile at `min_lod`.
     """
-    # The running minimum irons out the rounding that Config's concavity check lets through: a tile's
-    # steps must come in order.
     costs = config.step_costs
-    gains = list(accumulate(map(truediv, config.utility_steps, costs), min))
-    steps = sorted(
-        (-value * gains[lod - 1], lod, tile)
-        for tile, value in enumerate(relevance)
-        if value > 0
-        for lod in range(config.min_lod + 1, ceilings[tile] + 1)
-    )
     lods = [config.min_lod] * len(relevance)
     room = [_room(config, lod, len(relevance)) for lod in (Lod.LOW, Lod.MEDIUM, Lod.HIGH)]
-    for _, lod, tile in steps:
+    for lod, tile in _steps(relevance, ceilings, config):
         if lods[tile] == lod - 1 and costs[lod - 1] <= spare and room[lod - 1] > 0:
             lods[tile] = lod
             spare -= costs[lod - 1]
             room[lod - 1] -= 1
     return lods
+
+
+def _steps(relevance: Sequence[float], ceilings: Sequence[int], config: Config) -> Iterator[tuple[int, int]]:
+    """LOD and tile of every step that bounds of its own allow a tile, in the order of `choose_lods`."""
+    # The running minimum irons out the rounding that Config's concavity check lets through: a tile's
+    # steps must come in order.
+    gains = list(accumulate(map(truediv, config.utility_steps, config.step_costs), min))
+    values, highest = np.asarray(relevance, np.float64), np.asarray(ceilings)
+    levels = range(config.min_lod + 1, Lod.HIGH + 1)
+    tiles = [np.flatnonzero((values > 0) & (highest >= lod)) for lod in levels]
+    if not tiles:
+        return iter(())
+    lods = np.repeat(levels, [len(part) for part in tiles])
+    worth = np.concatenate([values[part] * gains[lod - 1] for lod, part in zip(levels, tiles, strict=True)])
+    places = np.concatenate(tiles)
+    order = np.lexsort((places, lods, -worth))
+    return zip(lods[order].tolist(), places[order].tolist(), strict=True)
 
 
 def _room(config: Config, lod: Lod, tiles: int) -> int:
@@ -214,6 +223,11 @@ def _is_whole_at_full(grid: Grid, config: Config) -> bool:
     """Whether with a budget of full resolution all tiles are high, whatever the relevance."""
     for_any = config.mode == "budget" or config.min_lod == Lod.HIGH
     return for_any and _may_be_all_high([config.max_lod] * grid.count, config)
+
+
+def _least_tile_tokens(grid: Grid, config: Config) -> int:
+    """Tokens of all tiles at `min_lod`, without the overview."""
+    return grid.count * config.lod_costs[config.min_lod]
 
 
 def _tile_tokens(lods: Sequence[int], config: Config) -> int:

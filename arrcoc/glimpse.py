@@ -4,34 +4,40 @@ The participatory scorer here needs no training. Glimpse and question run throug
 layers; where the question's rows look, divided by where a generic prompt's rows look, is what the question
 adds (relative attention, arXiv 2502.17422). Tokens of outlying norm, which attract attention whatever is
 asked (attention sinks, arXiv 2309.17453), are left out. The image precedes the text, so its keys and values
-are computed once and serve both prompts and the answer.
+are computed once and serve both prompts, every question and the answer; the generic prompt runs along.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-from einops import reduce
 from torch import Tensor
 
 from arrcoc.config import Config
-from arrcoc.kv import KvCache, Prefix
-from arrcoc.lod.tower import Geometry, StaticTower, geometry
+from arrcoc.glimpse_tail import Tails, attention_shares, probe_layers, relative, tile_shares
+from arrcoc.lod.joint import joint_tower
+from arrcoc.lod.tower import StaticTower, geometry
+from arrcoc.prefixes import Prefix, Probe, start
 from arrcoc.qwen import QwenVL
 from arrcoc.records import Features, Frame, Grid, Query, Texture
+from arrcoc.transfer import to_device
 from arrcoc.vision import patchify
+
+_LOG = logging.getLogger(__name__)
 
 
 class JointGlimpse:
     """Encodes the whole frame as one ordinary image: the joint glimpse, and every coarser overview."""
 
-    def __init__(self, qwen: QwenVL) -> None:
-        """Args: the checkpoint."""
+    def __init__(self, qwen: QwenVL, fused: bool = False) -> None:
+        """Args: the checkpoint; whether kernels of arrcoc's own may encode, where they can run."""
         self._weights, self._dtype = qwen.vision, qwen.dtype
         self._tower = StaticTower(qwen.vision)
-        self._geometry = lru_cache(maxsize=32)(self._make_geometry)
+        self._geometry = lru_cache(maxsize=32)(partial(geometry, qwen.vision))
+        self._fused = joint_tower(qwen) if fused else None
 
     def encode(self, frame: Frame) -> Features:
         """Features of the frame at LOD background: `encode_pixels` of `frame.background`."""
@@ -40,19 +46,30 @@ class JointGlimpse:
     @torch.inference_mode()
     def encode_pixels(self, pixels: Tensor) -> Features:
         """Features of an image uint8 [3, h, w]: K = 1, one token per token_px square, raster order."""
-        _, height, width = pixels.shape
-        shape = self._geometry(height // self._weights.token_px, width // self._weights.token_px)
+        if self._fused is not None:
+            try:
+                return self._fused.encode(pixels[None])
+            except Exception as error:  # whatever a kernel's compiler, its driver or CUDA raises
+                self._fused = None
+                _LOG.warning("glimpses are encoded without fused kernels: %s", error)
+        edge = self._weights.token_px
+        shape = self._geometry(pixels.shape[1] // edge, pixels.shape[2] // edge)
         return self._tower.encode(patchify(pixels[None], self._weights, self._dtype), shape)
-
-    def _make_geometry(self, rows: int, cols: int) -> Geometry:
-        return geometry(self._weights, rows, cols)
 
 
 class GlimpseScorer:
     """The training-free participatory scorer, for one image; see the module's docstring."""
 
     def __init__(
-        self, qwen: QwenVL, glimpse: Features, where: Tensor, extent: float, grid: Grid, config: Config
+        self,
+        qwen: QwenVL,
+        glimpse: Features,
+        where: Tensor,
+        extent: float,
+        grid: Grid,
+        config: Config,
+        prefix: Prefix | None = None,
+        tails: Tails | None = None,
     ) -> None:
         """Make a scorer for one image.
 
@@ -63,11 +80,13 @@ class GlimpseScorer:
             extent: what the image adds to the text position after it.
             grid: the tile grid.
             config: probe layers, generic prompt, gain and sink ratio.
+            prefix: what another scorer for the same image has computed, where there is one.
+            tails: reads questions at static shapes; None reads each at its own.
         """
         self._qwen, self._glimpse, self._where = qwen, glimpse, where
         self._extent, self._grid, self._config = extent, grid, config
         self._layers = probe_layers(config.probe_depth, qwen.n_layers)
-        self.prefix: Prefix | None = None
+        self.prefix, self._tails = prefix, tails
 
     @torch.inference_mode()
     def __call__(self, texture: Texture, query: Query) -> Tensor:
@@ -80,117 +99,89 @@ class GlimpseScorer:
             fp32 [R, C] in [0, 1]; 0.5 where the question looks just as anybody would.
         """
         del texture  # the glimpse stands in for it; both scorers share one signature
-        head, tail = self._prompt(query.text)
-        generic = self._prompt(self._config.generic_prompt)[1]
-        if self.prefix is None:
-            self.prefix = self._run_prefix(head)
-        asked, anyhow = (self._tile_shares(a) for a in self._attention(self.prefix, [tail, generic]))
-        return relative(asked, anyhow, self._config.attention_gain)
+        return self.ask(query)
+
+    @torch.inference_mode()
+    def ask(self, query: Query) -> Tensor:
+        """What calling does; no texture is needed."""
+        prefix, tail = self.prepare(), self._prompt(query.text)[1]
+        found = None if self._tails is None else self._tails.ask(prefix, self._grid, tail)
+        if found is not None:
+            return found
+        asked = self._attention(prefix, tail)
+        assert prefix.probe is not None, "prepared"
+        there, anyhow = self._tile_shares(asked), self._tile_shares(prefix.probe.generic)
+        return relative(there, anyhow, self._config.attention_gain)
+
+    def prepare(self) -> Prefix:
+        """All that does not depend on the question, computed at the first call."""
+        if self.prefix is None or self.prefix.probe is None:
+            self.prefix = self._run_prefix()
+        return self.prefix
 
     def _prompt(self, question: str) -> tuple[list[int], list[int]]:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         head, tail = self._qwen.render([{"role": "user", "content": content}])
         return head, tail
 
-    def _run_prefix(self, head: Sequence[int]) -> Prefix:
-        text = self._qwen.embed(head)
-        tokens = self._glimpse.tokens[0]
-        start = len(head)
-        where = torch.cat((torch.zeros_like(self._where[:1]), self._where)) + start
-        positions = torch.cat((torch.arange(start).float().expand(3, -1), where), dim=1).to(tokens.device)
-        cache = KvCache(self._qwen.n_layers, capacity=start + 2 * len(tokens) + 256)
-        norms: dict[int, Tensor] = {}
+    @torch.inference_mode()
+    def _run_prefix(self) -> Prefix:
+        """Head, glimpse and generic prompt in one pass: no row sees those after it."""
+        head, tail = self._prompt(self._config.generic_prompt)
+        begin, length = len(head), len(head) + self._glimpse.tokens.shape[1]
+        steps = torch.arange(len(tail)).float() + begin + self._extent
+        positions = to_device(steps.expand(3, -1), self._qwen.device)
+        excluded, queries = dict[int, Tensor](), dict[int, Tensor]()
 
         def observe(layer: int, hidden: Tensor) -> None:
             if layer in self._layers:
-                norms[layer] = hidden[0, start:].float().norm(dim=-1)
+                norms = hidden[0, begin:length].float().norm(dim=-1)
+                excluded[layer] = sinks(norms, self._config.sink_ratio)
+                queries[layer] = self._qwen.queries(layer, hidden[:, length:], positions)
 
-        depth, planes = self._layers[-1] + 1, self._glimpse.deepstack[:, 0]
-        hidden = self._qwen.run_layers(
-            torch.cat((text, tokens))[None],
-            positions,
-            cache,
-            range(depth),
-            vision=torch.arange(start, start + len(tokens), device=tokens.device),
-            deepstack=planes,
+        prefix = start(
+            self._qwen,
+            head,
+            self._glimpse,
+            self._where,
+            self._extent,
+            self._layers[-1] + 1,
+            tail=tail,
             observe=observe,
+            float8=self._config.prefix_dtype == "float8",
         )
-        return Prefix(tuple(head), cache, hidden, positions, planes, depth, norms, start + self._extent)
+        generic = [self._shares(prefix.layer(n)[0], prefix, queries[n], excluded[n]) for n in self._layers]
+        prefix.probe = Probe(excluded, torch.stack(generic).mean(0))
+        return prefix
 
-    def _attention(self, prefix: Prefix, tails: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Attention of each prompt's rows to the glimpse tokens, fp32 [m], a distribution without sinks.
-
-        The prompts run side by side in one pass, none of them seeing another: a pass over so few rows
-        takes as long as its kernel launches, however many rows there are.
-        """
-        lengths = [len(tail) for tail in tails]
-        embeds = self._qwen.embed([token for tail in tails for token in tail])
-        steps = torch.cat([torch.arange(length) for length in lengths]).float() + prefix.next_position
-        positions = steps.expand(3, -1).to(embeds.device)
-        seen: list[list[Tensor]] = [[] for _ in tails]
+    @torch.inference_mode()
+    def _attention(self, prefix: Prefix, tail: Sequence[int]) -> Tensor:
+        """Attention of a prompt's rows to the glimpse tokens, fp32 [m], a distribution without sinks."""
+        assert prefix.probe is not None, "prepared"
+        embeds, excluded = self._qwen.embed(tail), prefix.probe.excluded
+        steps = torch.arange(len(tail)).float() + prefix.next_position
+        positions = to_device(steps.expand(3, -1), embeds.device)
+        cache = prefix.fork(prefix.length + len(tail), layers=self._layers[-1] + 1)
+        seen: list[Tensor] = []
 
         def observe(layer: int, hidden: Tensor) -> None:
-            if layer not in self._layers:
-                return
-            keys = prefix.cache.keys(layer)[0, :, prefix.image]
-            excluded = sinks(prefix.norms[layer], self._config.sink_ratio)
-            queries = torch.split(self._qwen.queries(layer, hidden, positions), lengths, dim=1)
-            for shares, query in zip(seen, queries, strict=True):
-                # Row 0 ends the image and belongs to no prompt.
-                shares.append(attention_shares(query[:, 1:], keys, excluded))
+            if layer in self._layers:
+                query = self._qwen.queries(layer, hidden, positions)
+                seen.append(self._shares(cache.keys(layer), prefix, query, excluded[layer]))
 
-        mask = branch_mask(prefix.length, lengths).to(embeds.device)
-        depth = range(prefix.depth)
-        self._qwen.run_layers(embeds[None], positions, prefix.cache, depth, mask=mask, observe=observe)
-        prefix.cache.truncate(prefix.length)
-        return [torch.stack(shares).mean(0) for shares in seen]
+        last = self._layers[-1]
+        # The last probed layer judges by its input: it need not run.
+        observe(last, self._qwen.run_layers(embeds[None], positions, cache, range(last), observe=observe))
+        return torch.stack(seen).mean(0)
+
+    def _shares(self, keys: Tensor, prefix: Prefix, query: Tensor, excluded: Tensor) -> Tensor:
+        """Attention of a tail's rows in one layer; its row 0 ends the image and belongs to no prompt."""
+        return attention_shares(query[:, 1:], keys[0, :, prefix.image], excluded)
 
     def _tile_shares(self, attention: Tensor) -> Tensor:
-        """Sum over each tile's glimpse tokens: [m] to [R, C]."""
-        grid = self._grid
-        side = self._config.sides[0]
-        return reduce(attention, "(r i c j) -> r c", "sum", r=grid.rows, i=side, c=grid.cols, j=side)
-
-
-def probe_layers(depth: Sequence[float], n_layers: int) -> list[int]:
-    """Layer numbers at fractions of the depth, ascending, each once."""
-    return sorted({min(int(fraction * n_layers), n_layers - 1) for fraction in depth})
-
-
-def branch_mask(past: int, lengths: Sequence[int]) -> Tensor:
-    """Mask [1, 1, n, past + n], True = attend, for branches of these lengths after `past` shared positions.
-
-    Each row sees what is shared and the earlier rows of its own branch; n is the sum of the lengths.
-    """
-    causal = [torch.ones(length, length, dtype=torch.bool).tril() for length in lengths]
-    own: Tensor = torch.block_diag(*causal)  # type: ignore[no-untyped-call]
-    return torch.cat((own.new_ones(len(own), past), own), dim=1)[None, None]
+        return tile_shares(attention, self._grid, self._config.sides[0])
 
 
 def sinks(norms: Tensor, ratio: float) -> Tensor:
     """Which tokens are attention sinks, bool [m]: those whose norm exceeds `ratio` times the median."""
     return norms > ratio * norms.median()
-
-
-def attention_shares(query: Tensor, keys: Tensor, excluded: Tensor) -> Tensor:
-    """Mean attention of rows to image tokens, normalised over the tokens that are not excluded.
-
-    Args:
-        query: [heads, rows, head_dim], rotated.
-        keys: [kv_heads, m, head_dim], rotated; query heads are grouped over them in order.
-        excluded: bool [m].
-
-    Returns:
-        fp32 [m], sums to 1 (0 everywhere if all are excluded).
-    """
-    kv_heads, _, width = keys.shape
-    grouped = query.float().reshape(kv_heads, -1, width)
-    scores = grouped @ keys.float().transpose(1, 2) / width**0.5
-    weights: Tensor = scores.masked_fill(excluded, float("-inf")).softmax(dim=-1)
-    return weights.nan_to_num(0.0).mean(dim=(0, 1))
-
-
-def relative(asked: Tensor, anyhow: Tensor, gain: float) -> Tensor:
-    """asked**gain / (asked**gain + anyhow**gain), 0.5 where neither looks."""
-    floor = torch.finfo(torch.float32).tiny
-    return torch.sigmoid(gain * (asked.clamp_min(floor).log() - anyhow.clamp_min(floor).log()))

@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -112,25 +113,44 @@ def perspectival(texture: Texture, query: Query) -> Tensor:
     their normalisation by the image's maxima, times 1 - CENTRE_PRIOR * eccentricity**2; a tile scores the
     mean of its highest `PEAK_SHARE` of cells.
     """
-    maps = torch.stack([texture[channel] for channel in _SALIENT])
-    contrast = torch.stack([_centre_surround(maps, sigma) for sigma in CENTRE_SIGMAS]).mean(dim=0)
+    blurred = _blurred(torch.stack([texture[channel] for channel in _SALIENT]))
+    pairs = [(blurred[sigma], blurred[SURROUND_RATIO * sigma]) for sigma in CENTRE_SIGMAS]
+    contrast = torch.stack([(centre - surround).abs().sum(dim=0) for centre, surround in pairs]).mean(dim=0)
     prior = 1 - CENTRE_PRIOR * texture[Channel.ECCENTRICITY].square()
     cells = _tiles(contrast / (contrast + CONTRAST_HALF) * prior, texture.cells)
     count = max(1, round(PEAK_SHARE * cells.shape[-1]))
     return cells.topk(count, dim=-1).values.mean(dim=-1).clamp(0, 1)
 
 
-def _centre_surround(maps: Tensor, sigma: float) -> Tensor:
-    """Sum over channels of |blur(sigma) - blur(SURROUND_RATIO * sigma)|; [n, h, w] to [h, w]."""
-    return (_blur(maps, sigma) - _blur(maps, SURROUND_RATIO * sigma)).abs().sum(dim=0)
+def _blurred(maps: Tensor) -> dict[float, Tensor]:
+    """Gaussian blurs of maps fp32 [n, h, w] at every standard deviation needed, beyond their edge repeated.
 
-
-def _blur(maps: Tensor, sigma: float) -> Tensor:
-    size = 2 * round(3 * sigma) + 1
+    As `kornia.filters.gaussian_blur2d` with a replicated border and kernels of 2 * round(3 * sigma) + 1 taps.
+    Each map is a channel of its own group: of such convolutions torch has kernels in full fp32 on CUDA.
+    """
+    kernels = _gaussians(maps.device)
+    reach = max(kernel.shape[-1] // 2 for kernel in kernels.values())
     # Replicating, unlike reflecting, works for kernels wider than the map.
-    blur = kornia.filters.gaussian_blur2d
-    blurred: Tensor = blur(maps[None], (size, size), (sigma, sigma), border_type="replicate")
-    return blurred[0]
+    bordered = functional.pad(maps[None], (reach, reach, reach, reach), mode="replicate")
+    return {sigma: _separable(bordered, kernel, reach) for sigma, kernel in kernels.items()}
+
+
+def _separable(bordered: Tensor, kernel: Tensor, reach: int) -> Tensor:
+    """Correlate [1, n, h + 2*reach, w + 2*reach] with a kernel [t] along both axes: [n, h, w]."""
+    count, cut = bordered.shape[1], reach - kernel.shape[0] // 2
+    inner = bordered[:, :, cut : bordered.shape[2] - cut, cut : bordered.shape[3] - cut]
+    weight = kernel.expand(count, 1, 1, -1)
+    wide = functional.conv2d(inner, weight, groups=count)
+    return functional.conv2d(wide, weight.transpose(2, 3), groups=count)[0]
+
+
+@lru_cache(maxsize=16)
+def _gaussians(device: torch.device) -> dict[float, Tensor]:
+    """A Gaussian kernel fp32 [t] for every standard deviation; kept, as making one waits for the device."""
+    sigmas = sorted({scale * sigma for sigma in CENTRE_SIGMAS for scale in (1.0, SURROUND_RATIO)})
+    with torch.inference_mode(False):
+        make = kornia.filters.get_gaussian_kernel1d
+        return {s: make(2 * round(3 * s) + 1, s, dtype=torch.float32)[0].to(device) for s in sigmas}
 
 
 def _tiles(plane: Tensor, cells: int) -> Tensor:
@@ -142,8 +162,9 @@ def _tiles(plane: Tensor, cells: int) -> Tensor:
 def _histogram(values: Tensor, weights: Tensor, bins: int) -> Tensor:
     """Weighted histogram of values in [0, 1] along the last dimension: [..., n] to [..., bins]."""
     index = (values * bins).floor().clamp(0, bins - 1)
-    # A sum per bin, as scatter_add is not deterministic on CUDA.
-    return torch.stack([(weights * (index == b)).sum(dim=-1) for b in range(bins)], dim=-1)
+    # Every value against every bin, as scatter_add is not deterministic on CUDA.
+    member = index[..., None, :] == torch.arange(bins, device=values.device)[:, None]
+    return (weights[..., None, :] * member).sum(dim=-1)
 
 
 def _bits(bins: int) -> float:
@@ -203,8 +224,19 @@ class TextureHead(nn.Module):
         """
         assert embedding.shape == (maps.shape[0], self.query_dim), (embedding.shape, self.query_dim)
         query = self.project(functional.layer_norm(embedding.float(), (self.query_dim,)))
-        cell = torch.einsum("bdhw,bd->bhw", self.features(maps.float()), query) / self.width**0.5
+        cell = torch.einsum("bdhw,bd->bhw", self._convolve(maps.float()), query) / self.width**0.5
         return functional.max_pool2d(cell + self.bias, cells)
+
+    def _convolve(self, maps: Tensor) -> Tensor:
+        """`features`; for inference on CUDA in full fp32, where torch would round to TF32.
+
+        The precision is an argument of each call: torch's own switch is global, and so no thread's to flip.
+        """
+        if not maps.is_cuda or torch.is_grad_enabled():
+            return self.features(maps)  # type: ignore[no-any-return]
+        for layer in self.features:
+            maps = exact_convolution(layer, maps) if isinstance(layer, nn.Conv2d) else layer(maps)
+        return maps
 
     def fits(self, probe: Tensor) -> bool:
         """Whether the head was fitted to these embeddings, fp32 [n, D], to within rounding to 8 bits."""
@@ -252,6 +284,17 @@ class TextureHead(nn.Module):
             raise _damaged(Path(path), str(error)) from error
         head.fingerprint = metadata.get("fingerprint", "")
         return head.requires_grad_(False).to(device).eval()
+
+
+def exact_convolution(layer: nn.Conv2d, maps: Tensor) -> Tensor:
+    """What a convolution with padding by zeros gives for fp32 [B, in, h, w], whatever torch rounds to."""
+    assert isinstance(layer.padding, tuple), "numbers"
+    assert layer.padding_mode == "zeros"
+    return torch._convolution(
+        maps, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation,
+        transposed=False, output_padding=(0, 0), groups=layer.groups,
+        benchmark=False, deterministic=False, cudnn_enabled=True, allow_tf32=False,
+    )  # fmt: skip
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -6,12 +6,14 @@ Nothing is normalised over an image or a batch: the same pixels always give the 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import kornia
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from arrcoc import texture_kernel
 from arrcoc.config import Config
 from arrcoc.records import Channel, Frame, Grid, Texture
 
@@ -23,6 +25,12 @@ GRADIENT_GAIN = 2.0
 """The Sobel operator divided by 8 answers a black-white step with 1/2; this makes it 1."""
 DETAIL_GAIN = 2.0
 """Black and white in equal parts leave an RMS of 1/2 about their mean; this makes it 1."""
+XYZ_OVER_WHITE = (
+    ((0.412453, 0.357580, 0.180423), 0.95047),
+    ((0.212671, 0.715160, 0.072169), 1.0),
+    ((0.019334, 0.119193, 0.950227), 1.08883),
+)
+"""Weights of linear R, G, B in CIE X, Y, Z, and X, Y, Z of the D65 white point."""
 LAB_CENTRE_SCALE = ((50.0, 50.0), (0.0, 100.0), (0.0, 110.0))
 """Centre and scale of L* (0..100), a* (-86..98) and b* (-108..94) of the sRGB gamut."""
 
@@ -50,16 +58,43 @@ def extract(frame: Frame, config: Config) -> Texture:
         config: `cells` is read.
 
     Returns:
-        fp16 maps [13, R*cells, C*cells] on the frame's device.
+        fp16 maps [13, R*cells, C*cells] on the frame's device. On CUDA with triton one kernel makes them,
+        elsewhere torch; neither waits for the device.
     """
-    grid, cells = frame.grid, config.cells
+    grid = frame.grid
     assert frame.pixels.shape == (3, grid.height, grid.width), (frame.pixels.shape, grid)
+    if not texture_kernel.usable(frame.pixels):
+        return Texture(maps=extract_with_torch(frame, config.cells), grid=grid, cells=config.cells)
+    pixels, background = frame.pixels.contiguous(), frame.background.contiguous()
+    where = texture_kernel.Addresses(pixels.device)
+    where.point(pixels, background)
+    return extract_at(where, grid, background.shape[1] // grid.rows, config.cells)
+
+
+def extract_at(where: texture_kernel.Addresses, grid: Grid, small_tile: int, cells: int) -> Texture:
+    """`extract` by the kernel, of the frame that `where` points to.
+
+    Args:
+        where: the place of uint8 pixels [3, R*tile, C*tile] and background [3, R*t0, C*t0].
+        grid: the tile grid.
+        small_tile: t0, edge of a tile of the background in pixels.
+        cells: cells along one edge of a tile.
+    """
+    shape = (len(Channel), grid.rows * cells, grid.cols * cells)
+    maps = torch.empty(shape, dtype=torch.float16, device=where.table.device)
+    texture_kernel.measure(where, (grid.rows, grid.cols), grid.tile, small_tile, cells, maps)
+    return Texture(maps=maps, grid=grid, cells=cells)
+
+
+def extract_with_torch(frame: Frame, cells: int) -> Tensor:
+    """The maps of `extract`, fp16 [13, R*cells, C*cells], in torch alone."""
+    grid = frame.grid
     strips = [_strip(frame, rows, cells) for rows in _strip_rows(grid)]
     measured = torch.cat(strips, dim=1)
     rgb, bands = measured[:3], measured[3:]
     maps = torch.cat([rgb * 2 - 1, _lab(rgb), bands[:3], _place(grid, cells, rgb.device), bands[3:]])
     assert maps.shape == (len(Channel), grid.rows * cells, grid.cols * cells), maps.shape
-    return Texture(maps=maps.half(), grid=grid, cells=cells)
+    return maps.half()
 
 
 def _strip_rows(grid: Grid) -> list[tuple[int, int]]:
@@ -94,7 +129,7 @@ def _slabs(first: int, last: int, height: int) -> slice:
 
 def luminance(pixels: Tensor) -> Tensor:
     """BT.601 luma of uint8 [3, H, W] as fp32 [H, W] in [0, 1], one plane at a time."""
-    luma = pixels[0].float().mul_(LUMA[0] / 255)
+    luma = pixels[0] * (LUMA[0] / 255)
     for plane, weight in zip(pixels[1:], LUMA[1:], strict=True):
         luma.add_(plane, alpha=weight / 255)
     return luma
@@ -107,11 +142,22 @@ def _pool_rgb(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _pool_gradient(luma: Tensor, inside: slice, size: tuple[int, int]) -> Tensor:
     """Sobel |x|, |y| (means) and magnitude (maximum) per cell, fp32 [3, *size]."""
-    gradient = kornia.filters.spatial_gradient(luma[None, None], mode="sobel", normalized=True)[0, 0]
-    gradient = gradient[:, inside]
+    bordered = functional.pad(luma[None, None], (1, 1, 1, 1), mode="replicate")
+    gradient = functional.conv2d(bordered, _sobel(luma.device))[0, :, inside]
     peak = _maximum(gradient.square().sum(dim=0, keepdim=True), size).sqrt()
-    means = _mean(gradient.abs_(), size)
+    means = _mean(gradient.abs(), size)
     return torch.cat([means, peak]) * GRADIENT_GAIN
+
+
+@lru_cache(maxsize=16)
+def _sobel(device: torch.device) -> Tensor:
+    """The Sobel operators along x and y divided by 8, fp32 [2, 1, 3, 3].
+
+    Kept, as making it copies numbers to the device and waits for that.
+    """
+    with torch.inference_mode(False):
+        kernel: Tensor = kornia.filters.get_spatial_gradient_kernel2d("sobel", 1, dtype=torch.float32)
+        return (kernel[:, None] / 8).to(device)
 
 
 def _pool_detail(luma: Tensor, small: Tensor, inside: slice, size: tuple[int, int]) -> Tensor:
@@ -146,9 +192,21 @@ def _blocks(planes: Tensor, size: tuple[int, int]) -> Tensor | None:
 
 
 def _lab(rgb: Tensor) -> Tensor:
-    """CIE L*a*b* of sRGB [3, h, w] in [0, 1], each channel centred and scaled by constants."""
-    lab = kornia.color.rgb_to_lab(rgb)
+    """CIE L*a*b* (D65) of sRGB [3, h, w] in [0, 1], each channel centred and scaled by constants.
+
+    The formulas and figures of `kornia.color.rgb_to_lab`, which copies its matrices to the device anew each
+    time and waits for that.
+    """
+    linear = kornia.color.rgb_to_linear_rgb(rgb)
+    red, green, blue = linear.unbind()
+    x, y, z = (_lab_root((red * r + green * g + blue * b) / white) for (r, g, b), white in XYZ_OVER_WHITE)
+    lab = (116 * y - 16, 500 * (x - y), 200 * (y - z))
     return torch.stack([(plane - c) / s for plane, (c, s) in zip(lab, LAB_CENTRE_SCALE, strict=True)])
+
+
+def _lab_root(value: Tensor) -> Tensor:
+    """The cube root of CIE L*a*b* with its linear foot."""
+    return torch.where(value > 0.008856, value.clamp_min(0.008856) ** (1 / 3), 7.787 * value + 4 / 29)
 
 
 def _place(grid: Grid, cells: int, device: torch.device) -> Tensor:
@@ -157,7 +215,8 @@ def _place(grid: Grid, cells: int, device: torch.device) -> Tensor:
     x = _centres(grid.cols * cells, device).expand(grid.rows * cells, -1)
     # In units of tiles both axes share one scale, whatever the frame's aspect ratio.
     corner = (grid.rows**2 + grid.cols**2) ** 0.5
-    return torch.stack([y, x, torch.hypot(y * grid.rows, x * grid.cols) / corner])
+    distance = ((y * grid.rows).square() + (x * grid.cols).square()).sqrt()
+    return torch.stack([y, x, distance / corner])
 
 
 def _centres(count: int, device: torch.device) -> Tensor:

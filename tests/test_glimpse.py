@@ -11,7 +11,6 @@ from arrcoc.glimpse import (
     GlimpseScorer,
     JointGlimpse,
     attention_shares,
-    branch_mask,
     probe_layers,
     relative,
     sinks,
@@ -116,6 +115,45 @@ def test_the_joint_glimpse_is_the_stock_towers_view_of_the_small_frame(features,
     assert relative_error(features.deepstack[:, 0], stock.deepstack) < TOLERANCE
 
 
+def test_a_glimpse_by_fused_kernels_that_fail_is_told_and_made_without(
+    qwen, frame, features, monkeypatch, caplog
+):
+    class Broken:
+        def encode(self, pixels):
+            raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("arrcoc.glimpse.joint_tower", lambda _: Broken())
+    joint = JointGlimpse(qwen, fused=True)
+    for _ in range(2):
+        assert torch.equal(joint.encode(frame).tokens, features.tokens)
+    assert [r.getMessage() for r in caplog.records] == [
+        "glimpses are encoded without fused kernels: no such kernel"
+    ]
+
+
+def test_fused_kernels_encode_glimpses_where_they_may(qwen, frame, features, monkeypatch):
+    class Fused:
+        def encode(self, pixels):
+            assert torch.equal(pixels[0], frame.background)
+            return features
+
+    monkeypatch.setattr("arrcoc.glimpse.joint_tower", lambda _: Fused())
+    assert JointGlimpse(qwen, fused=True).encode(frame) is features
+    assert JointGlimpse(qwen).encode(frame) is not features
+
+
+@pytest.mark.gpu
+def test_fused_kernels_give_the_glimpse_of_the_stock_weights(tiny_checkpoint, photo):
+    qwen = Engine.from_pretrained(tiny_checkpoint, preset="demo", device="cuda", dtype="bfloat16")._qwen
+    seen = image.frame(image.decode(photo, 10**8), CONFIG, 32, qwen.device)
+    expected, found = JointGlimpse(qwen).encode(seen), JointGlimpse(qwen, fused=True).encode(seen)
+    for one, other in zip(
+        (expected.tokens, expected.deepstack), (found.tokens, found.deepstack), strict=True
+    ):
+        assert one.shape == other.shape
+        assert float((one - other).float().norm() / one.float().norm()) < 0.03
+
+
 def test_scores_depend_on_the_question_and_not_on_what_was_asked_before(qwen, frame, features):
     one = scorer(qwen, frame, features)
     first = judge(one, qwen, frame, "What is on her sleeve?")
@@ -144,13 +182,14 @@ def test_a_sink_takes_no_share(qwen, frame, features, monkeypatch):
     assert (found != 0.5).sum() == 5
 
 
-def test_the_prefix_equals_a_run_over_image_and_question_together(qwen, frame, features):
+@pytest.mark.parametrize("prompt", ["What is on her sleeve?", CONFIG.generic_prompt])
+def test_the_prefix_equals_a_run_over_image_and_prompt_together(qwen, frame, features, prompt):
     made = scorer(qwen, frame, features)
-    head, tail = made._prompt("What is on her sleeve?")
+    head, tail = made._prompt(prompt)
     with torch.inference_mode():
-        prefix = made._run_prefix(head)
-        (apart,) = made._attention(prefix, [tail])
-        assert prefix.length == prefix.cache.length(0), "the question leaves nothing behind"
+        prefix = made.prepare()
+        apart = made._attention(prefix, tail)
+        vision = torch.arange(prefix.image.start, prefix.image.stop)
         whole = torch.cat((qwen.embed(head), features.tokens[0], qwen.embed(tail)))[None]
         steps = torch.arange(len(tail)).float() + prefix.next_position
         positions = torch.cat((prefix.positions, steps.expand(3, -1)), dim=1)
@@ -158,38 +197,37 @@ def test_the_prefix_equals_a_run_over_image_and_question_together(qwen, frame, f
 
         def observe(layer, hidden):
             if layer in made._layers:
+                norms = hidden[0, prefix.image].norm(dim=-1)
                 query = qwen.queries(layer, hidden[:, prefix.length + 1 :], positions[:, prefix.length + 1 :])
-                seen.append((layer, query))
+                seen.append((layer, query, sinks(norms, CONFIG.sink_ratio)))
 
         depth = range(prefix.depth)
         planes = features.deepstack[:, 0]
-        qwen.run_layers(
-            whole, positions, cache, depth, vision=prefix.vision, deepstack=planes, observe=observe
-        )
-        together = [
-            attention_shares(q, cache.keys(n)[0, :, prefix.image], sinks(prefix.norms[n], CONFIG.sink_ratio))
-            for n, q in seen
-        ]
-    torch.testing.assert_close(apart, torch.stack(together).mean(0), atol=1e-6, rtol=1e-4)
+        qwen.run_layers(whole, positions, cache, depth, vision=vision, deepstack=planes, observe=observe)
+        together = [attention_shares(q, cache.keys(n)[0, :, prefix.image], out) for n, q, out in seen]
+    expected = torch.stack(together).mean(0)
+    torch.testing.assert_close(apart, expected, atol=1e-6, rtol=1e-4)
+    if prompt == CONFIG.generic_prompt:
+        torch.testing.assert_close(prefix.probe.generic, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_prompts_side_by_side_do_not_see_one_another(qwen, frame, features):
-    made = scorer(qwen, frame, features)
-    head, first = made._prompt("What is on her sleeve?")
-    second = made._prompt("Why?")[1]
-    with torch.inference_mode():
-        prefix = made._run_prefix(head)
-        together = made._attention(prefix, [first, second])
-        alone = [made._attention(prefix, [tail])[0] for tail in (first, second)]
-    for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
-    assert not torch.allclose(together[0], together[1], atol=1e-4)
+def test_a_question_leaves_the_prefix_as_it_was(qwen, frame, features):
+    one = scorer(qwen, frame, features)
+    prefix = one.prepare()
+    before = prefix.fork(prefix.length, layers=prefix.depth).block(prefix.length).clone()
+    judge(one, qwen, frame, "What is on her sleeve?")
+    assert one.prefix is prefix
+    assert torch.equal(prefix.fork(prefix.length, layers=prefix.depth).block(prefix.length), before)
 
 
-def test_branch_mask_by_hand():
-    # Two shared positions, then branches of two rows and of one.
-    wanted = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    assert branch_mask(2, [2, 1])[0, 0].int().tolist() == wanted
+def test_a_known_prefix_gives_the_same_scores_and_is_not_run_again(qwen, frame, features, monkeypatch):
+    first = scorer(qwen, frame, features)
+    expected = judge(first, qwen, frame, "What is on her sleeve?")
+    where = sequence.glimpse_positions(frame.grid, CONFIG.sides[0], CONFIG.sides[3])
+    extent = sequence.extent(frame.grid, 4)
+    second = GlimpseScorer(qwen, features, where, extent, frame.grid, CONFIG, first.prefix)
+    monkeypatch.setattr("arrcoc.glimpse.start", None)
+    assert torch.equal(judge(second, qwen, frame, "What is on her sleeve?"), expected)
 
 
 def test_it_runs_no_deeper_than_the_last_probe(qwen, frame, features):
@@ -197,5 +235,5 @@ def test_it_runs_no_deeper_than_the_last_probe(qwen, frame, features):
     made = scorer(qwen, frame, features, config)
     judge(made, qwen, frame, "Why?")
     assert made.prefix.depth == 2
-    assert [made.prefix.cache.length(n) for n in range(4)] == [made.prefix.length] * 2 + [0, 0]
-    assert list(made.prefix.norms) == [1]
+    assert list(made.prefix.probe.excluded) == [1]
+    assert made.prefix.layer(1)[0].shape[2] == made.prefix.length

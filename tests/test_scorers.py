@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import kornia
 import pytest
 import torch
 from torch import Tensor
@@ -183,6 +184,19 @@ def test_propositional_of_a_tile_is_its_own() -> None:
     assert scorers.propositional(made, QUERY)[0, 1] == scorers.propositional(other, QUERY)[0, 1]
 
 
+@pytest.mark.parametrize(("height", "width"), [(40, 200), (7, 9), (130, 64)])
+def test_blurs_are_kornias(height: int, width: int) -> None:
+    maps = torch.rand(4, height, width, generator=torch.Generator().manual_seed(height))
+    blurred = scorers._blurred(maps)
+    assert sorted(blurred) == [1, 2, 4, 8, 16]
+    for sigma, found in blurred.items():
+        size = 2 * round(3 * sigma) + 1
+        expected = kornia.filters.gaussian_blur2d(
+            maps[None], (size, size), (sigma, sigma), border_type="replicate"
+        )
+        torch.testing.assert_close(found, expected[0], atol=1e-6, rtol=0)
+
+
 # The learned head.
 
 COLOURS = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]])
@@ -317,3 +331,23 @@ def test_head_for_another_model_is_refused(tmp_path: Path) -> None:
 def test_normalised_entropy_reaches_one() -> None:
     uniform = torch.ones(scorers.ORIENTATION_BINS)
     assert scorers.entropy_bits(uniform).item() == pytest.approx(math.log2(9), abs=1e-5)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_an_exact_convolution_is_the_layers_own(dilation):
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 5, 3, padding=dilation, dilation=dilation)
+    maps = torch.randn(2, 3, 7, 9)
+    assert torch.equal(scorers.exact_convolution(layer, maps), layer(maps))
+
+
+@pytest.mark.gpu
+def test_the_texture_head_is_not_rounded_to_tf32():
+    torch.manual_seed(0)
+    head = scorers.TextureHead(12).eval().requires_grad_(False)
+    maps, query = torch.randn(13, 64, 64), Query("?", (1,), torch.randn(12))
+    expected = head(Texture(maps, Grid(4, 4, 64), 16), query)
+    moved = Query("?", (1,), query.embedding.cuda())
+    with torch.inference_mode():
+        found = head.cuda()(Texture(maps.cuda(), Grid(4, 4, 64), 16), moved)
+    torch.testing.assert_close(found.cpu(), expected, atol=2e-6, rtol=0)

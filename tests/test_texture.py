@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import kornia
 import numpy as np
 import pytest
 import torch
@@ -205,3 +206,14 @@ def test_whole_pixel_cells_pool_like_any_others(monkeypatch: pytest.MonkeyPatch)
     fast = texture.extract(frame, Config(cells=16)).maps
     monkeypatch.setattr(texture, "_blocks", lambda planes, size: None)
     torch.testing.assert_close(texture.extract(frame, Config(cells=16)).maps, fast, atol=1e-3, rtol=1e-3)
+
+
+def test_colour_and_gradient_are_kornias() -> None:
+    rgb = photograph("coffee")[:, :60, :70].float() / 255
+    lab = kornia.color.rgb_to_lab(rgb)
+    centre, scale = (torch.tensor(v)[:, None, None] for v in zip(*texture.LAB_CENTRE_SCALE, strict=True))
+    torch.testing.assert_close(texture._lab(rgb), (lab - centre) / scale, atol=1e-6, rtol=0)
+    gradient = kornia.filters.spatial_gradient(rgb[None, :1], mode="sobel", normalized=True)[0, 0]
+    expected = 2 * gradient.abs().unflatten(2, (7, 10)).unflatten(1, (6, 10)).mean(dim=(2, 4))
+    pooled = texture._pool_gradient(rgb[0], slice(0, 60), (6, 7))
+    torch.testing.assert_close(pooled[:2], expected, atol=1e-6, rtol=0)
