@@ -10,16 +10,20 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from arrcoc import loading
 from arrcoc.errors import QueryError
-from arrcoc.kv import KvCache
+from arrcoc.kv import LayerCache, RoomyCache
 from arrcoc.loading import ARCHITECTURE, PixelStats
 from arrcoc.records import Query
+from arrcoc.text import TextWeights, text_weights
+from arrcoc.text_layers import FusedLayers, fused_layers, why_not
+from arrcoc.transfer import to_device
 from arrcoc.vision import Block, Merger, VisionWeights
 
 
@@ -93,6 +97,30 @@ class QwenVL:
     def vision(self) -> VisionWeights:
         """The vision tower's weights."""
         return vision_weights(self.model, self._pixel_stats)
+
+    @property
+    def text(self) -> TextWeights:
+        """The text decoder's weights."""
+        return text_weights(self.model)
+
+    @cached_property
+    def fused(self) -> FusedLayers | None:
+        """The text decoder's layers as fused kernels, where they can run; made at first use."""
+        return fused_layers(self.text)
+
+    def describe_layers(self) -> str:
+        """What prompts run through, in words."""
+        reason = why_not(self.text)
+        return FusedLayers.name if reason is None else f"transformers' layers ({reason})"
+
+    def forget_kernels(self) -> None:
+        """Make `fused` anew at its next use: the weights were replaced."""
+        vars(self).pop("fused", None)
+
+    @property
+    def text_blocks(self) -> nn.ModuleList:
+        """The text decoder's layers as modules: what may be quantised."""
+        return self._text.layers  # type: ignore[no-any-return]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -170,36 +198,53 @@ class QwenVL:
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Embeddings [m, D] of token ids."""
-        return self._text.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))  # type: ignore[no-any-return]
+        return self._text.embed_tokens(to_device(torch.tensor(ids, dtype=torch.long), self.device))  # type: ignore[no-any-return]
+
+    def embed_tensor(self, ids: Tensor) -> Tensor:
+        """Embeddings [m, D] of token ids int64 [m] on the device."""
+        return self._text.embed_tokens(ids)  # type: ignore[no-any-return]
 
     def run_layers(
         self,
         hidden: Tensor,
         positions: Tensor,
-        cache: KvCache,
+        cache: LayerCache,
         layers: range,
         *,
         vision: Tensor | None = None,
         deepstack: Tensor | None = None,
         mask: Tensor | None = None,
         observe: Callable[[int, Tensor], None] | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Run some decoder layers over new positions, appending their keys and values to the cache.
 
         Args:
-            hidden: [1, m, D] input of the first of these layers.
-            positions: [3, m] M-RoPE positions, integer or fp32.
+            hidden: [1, m, D] input of the first of these layers; [B, m, D] with a mask and a cache for it.
+            positions: [3, m] M-RoPE positions, integer or fp32; [3, B, m] for several sequences.
             cache: holds the earlier positions of every layer in `layers`, equally many in each.
             layers: consecutive layer numbers.
-            vision: int64 [v], where in `hidden` vision tokens stand.
-            deepstack: [L, v, D] planes, plane i added after layer i as in the stock model.
+            vision: int64 [v], where in `hidden` vision tokens stand; None where the planes are dense.
+            deepstack: [L, v, D] planes, plane i added after layer i as in the stock model; dense [L, m, D].
             mask: bool [1, 1, m, past + m], True = attend; causal if None.
             observe: called with the layer number and its input [1, m, D] before each layer.
+            last_only: whether no other row of the result than the last is wanted.
 
         Returns:
-            [1, m, D] output of the last layer, before the final norm.
+            [1, m, D] output of the last layer, before the final norm; [1, 1, D] with `last_only`.
         """
         rotary = self.rotary(positions)
+        if mask is None and len(hidden) == 1 and self.fused is not None:
+            return self.fused.run(
+                hidden,
+                rotary,
+                cast(RoomyCache, cache),  # only those of several sequences are not, which have a mask
+                layers,
+                vision=vision,
+                deepstack=deepstack,
+                observe=observe,
+                last_only=last_only,
+            )
         if mask is None:
             mask = _continuation_mask(hidden.shape[1], cache.length(layers.start), hidden.device)
         for number in layers:
@@ -208,14 +253,16 @@ class QwenVL:
             hidden = self._text.layers[number](
                 hidden, position_embeddings=rotary, attention_mask=mask, past_key_values=cache
             )
-            if deepstack is not None and vision is not None and number < deepstack.shape[0]:
-                hidden = hidden.index_add(1, vision, deepstack[number].to(hidden.dtype)[None])
-        return hidden
+            if deepstack is not None and number < deepstack.shape[0]:
+                plane = deepstack[number].to(hidden.dtype)[None]
+                hidden = hidden + plane if vision is None else hidden.index_add(1, vision, plane)
+        return hidden[:, -1:] if last_only else hidden
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [1, m, head_dim], of M-RoPE positions [3, m]."""
+        """cos and sin, each [B, m, head_dim], of M-RoPE positions [3, m] (then B = 1) or [3, B, m]."""
         like = self._text.embed_tokens.weight
-        cos, sin = self._text.rotary_emb(like, positions.to(self.device)[:, None, :])
+        placed = to_device(positions, self.device)
+        cos, sin = self._text.rotary_emb(like, placed if placed.ndim == 3 else placed[:, None, :])
         return cos, sin
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -278,9 +325,16 @@ def _merger(module: Any) -> Merger:
 
 
 def _continuation_mask(new: int, past: int, device: torch.device) -> Tensor | None:
-    """Causal mask [1, 1, new, past + new], True = attend; None where the stock causal path is right."""
+    """Causal mask [.., new, past + new], True = attend; None where the stock causal path is right.
+
+    On CUDA it is a bias that only names its pattern: attention takes a fused kernel for it, and nothing of
+    the mask's size is made.
+    """
     if past == 0 or new == 1:
         return None
+    if device.type == "cuda":
+        bias: Tensor = causal_lower_right(new, past + new)
+        return bias
     columns = torch.arange(past + new, device=device)
     rows = torch.arange(past, past + new, device=device)
     return (columns[None, :] <= rows[:, None])[None, None]

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arrcoc.decode import prefilling
 from arrcoc.decode.protocol import Sampling
-from arrcoc.errors import DecodeError
-from arrcoc.kv import KvCache, Prefix
+from arrcoc.kv import KvCache
+from arrcoc.prefixes import Prefix
 from arrcoc.qwen import QwenVL
 from arrcoc.records import Prompt
 
@@ -39,9 +40,9 @@ class DecodeState:
 class TransformersDecoder:
     """See `Decoder`."""
 
-    def __init__(self, qwen: QwenVL) -> None:
-        """Args: the checkpoint."""
-        self._qwen = qwen
+    def __init__(self, qwen: QwenVL, prefill_chunk: int | None = None) -> None:
+        """Args: the checkpoint; most positions of one pass of a prefill, None for all at once."""
+        self._qwen, self._chunk = qwen, prefill_chunk
         self.backend = f"transformers sdpa {str(qwen.dtype).removeprefix('torch.')}"
 
     @torch.inference_mode()
@@ -50,49 +51,21 @@ class TransformersDecoder:
 
         Args:
             prompt: embeddings, positions and DeepStack planes.
-            prefix: the first columns of the same prompt, already through the first layers. It is
-                completed and consumed: its cache becomes the request's.
+            prefix: the first columns of the same prompt. Its missing layers are run, and its keys and
+                values copied: it stays as it is for other requests.
 
         Raises:
             DecodeError: the prompt is longer than the checkpoint's context.
         """
-        length = prompt.embeds.shape[1]
-        if length > self._qwen.max_positions:
-            raise DecodeError(
-                f"a prompt of {length:,} tokens",
-                f"at most {self._qwen.max_positions:,}, the checkpoint's context",
-                "Lower the budget or shorten the text",
-            )
+        prefilling.check_length(self._qwen, prompt)
+        length, done = prompt.embeds.shape[1], 0
         if prefix is None:
             cache = KvCache(self._qwen.n_layers, capacity=length + 64)
-            done, planes_done = 0, 0
         else:
-            cache, done = prefix.cache, prefix.length
-            planes_done = self._complete(prefix)
-        hidden = self._qwen.run_layers(
-            prompt.embeds[:, done:],
-            prompt.positions[:, done:],
-            cache,
-            range(self._qwen.n_layers),
-            vision=prompt.vision[done:].nonzero()[:, 0],
-            deepstack=prompt.deepstack[:, planes_done:],
-        )
-        logits = self._qwen.logits(hidden[:, -1:])[0, 0]
+            prefix.complete(self._qwen)
+            cache, done = prefix.fork(capacity=length + 64), prefix.length
+        logits = prefilling.run(self._qwen, cache, prompt, done, self._chunk)
         return DecodeState(cache, logits, prompt.next_position, length)
-
-    def _complete(self, prefix: Prefix) -> int:
-        """Run a prefix through the layers it has not seen; returns its number of vision tokens."""
-        rest = range(prefix.depth, self._qwen.n_layers)
-        if len(rest):
-            self._qwen.run_layers(
-                prefix.hidden,
-                prefix.positions,
-                prefix.cache,
-                rest,
-                vision=prefix.vision,
-                deepstack=prefix.deepstack,
-            )
-        return prefix.deepstack.shape[1]
 
     @torch.inference_mode()
     def step(self, state: DecodeState, token: int) -> Tensor:
@@ -107,7 +80,7 @@ class TransformersDecoder:
 
     def generate(self, state: DecodeState, sampling: Sampling) -> Iterator[int]:
         """Token ids, one by one, until a stop token (not included) or `max_new_tokens`."""
-        generator = _generator(state.logits.device, sampling)
+        generator = new_generator(state.logits.device, sampling)
         for count in range(sampling.max_new_tokens):
             token = choose(state.logits, sampling, generator)
             if token in self._qwen.stop_ids:
@@ -117,7 +90,8 @@ class TransformersDecoder:
                 self.step(state, token)
 
 
-def _generator(device: torch.device, sampling: Sampling) -> torch.Generator | None:
+def new_generator(device: torch.device, sampling: Sampling) -> torch.Generator | None:
+    """A seeded source of noise; None where decoding is greedy."""
     if sampling.temperature == 0:
         return None
     generator = torch.Generator(device=device)

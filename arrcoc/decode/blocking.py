@@ -1,0 +1,49 @@
+"""How the matrices of a decode step are divided among programs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from arrcoc.text import Matrix, TextWeights
+
+
+class Blocks(NamedTuple):
+    """How a matrix is divided: rows and columns of one load, and warps of one program.
+
+    `ahead` more loads of a program are on their way before it waits for the kernel before it.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    ahead: int = 0
+
+
+class Blocking(NamedTuple):
+    """Blocks of each product of a step; of the attention, positions of one load and parts of the cache.
+
+    While the attention's output is multiplied, `pieces` of 1024 elements from each of the next two matrices
+    are brought to the L2 cache by each program.
+    """
+
+    qkv: Blocks = Blocks(8, 1024, 4)
+    out: Blocks = Blocks(8, 1024, 4)
+    gated: Blocks = Blocks(4, 1024, 4)
+    down: Blocks = Blocks(8, 1024, 4)
+    head: Blocks = Blocks(8, 1024, 4)
+    attend: Blocks = Blocks(64, 16, 4)
+    pieces: int = 0
+
+
+BYTES = Blocking(Blocks(8, 2048, 4), Blocks(8, 2048, 4), Blocks(4, 2048, 4), Blocks(8, 2048, 4))
+"""For layers of int8 or float8: loads of as many bytes as those of bfloat16."""
+
+
+def blocking_for(weights: TextWeights) -> Blocking:
+    """What was fastest for these weights on an H200: `benchmarks/decode.py`, sections sweep and quantized."""
+    return BYTES if weights.layers[0].query.values.element_size() == 1 else Blocking()
+
+
+def is_even(blocks: Blocks, matrices: tuple[Matrix, ...]) -> bool:
+    """Whether the blocks divide every one of these matrices, which have equally many columns."""
+    return matrices[0].columns % blocks.columns == 0 and all(m.rows % blocks.rows == 0 for m in matrices)

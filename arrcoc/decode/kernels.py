@@ -1,0 +1,428 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, N806  (Triton's compile-time constants are written in capitals)
+"""Triton kernels of one decode step for one sequence, where every matrix product reads its weights once.
+
+A step of a single sequence is bound by reading the weights, so what these kernels are about is keeping
+loads in flight: the first weights of a kernel are fetched before it waits for the kernel before it
+(programmatic dependent launch, `PDL`) and more of them brought to the L2 cache (`AHEAD`, `NEXT`), and the
+next ones while the present ones are summed.
+
+RMSNorm needs no pass of its own: W (x * gain) / rms(x) has the rms as a factor, which each program sums up
+while it reads x. All sums are fp32. Vectors between kernels are fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _after_previous(PDL: tl.constexpr):
+    """Wait for the kernel before, and let the one after begin to fetch its weights."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _load_tile(weight, rows, start, N, K: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
+    """Weights [BLOCK_N, BLOCK_K] of these rows from column `start` on; nothing beyond column K."""
+    columns = start + tl.arange(0, BLOCK_K)
+    where = weight + rows[:, None].to(tl.int64) * K + columns[None, :]
+    if EVEN:
+        return tl.load(where, mask=start < K, other=0.0, eviction_policy="evict_first")
+    inside = (rows < N)[:, None] & (columns < K)[None, :]
+    return tl.load(where, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _fetch_rows(weight, rows, N, K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr):
+    """Fetch AHEAD more tiles of these rows, those after the first, to the L2 cache; whole tiles only.
+
+    A row of a tile is one request of one thread: 256 lanes, so that no thread repeats another's.
+    """
+    ROWS: tl.constexpr = rows.shape[0]
+    lane = tl.arange(0, 256)
+    tile, row = 1 + lane // ROWS, tl.min(rows, 0) + lane % ROWS
+    inside = (tile <= AHEAD) & ((tile + 1) * BLOCK_K <= K) & (row < N)
+    _fetch(weight + row.to(tl.int64) * K + tile * BLOCK_K, inside, BLOCK_K)
+
+
+@triton.jit
+def _fetch(where, inside, COUNT: tl.constexpr):
+    """Bring COUNT elements from each of these addresses to the L2 cache; nothing waits for them."""
+    BYTES: tl.constexpr = COUNT * (where.dtype.element_ty.primitive_bitwidth // 8)
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred wanted;
+        setp.ne.s32 wanted, $2, 0;
+        @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [where.to(tl.uint64), tl.where(inside, BYTES, 0)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _load_vector(x, gain, start, K: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
+    """x, and x * gain where the product is normalised, fp32 [BLOCK_K] each."""
+    columns = start + tl.arange(0, BLOCK_K)
+    value = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
+    scaled = value
+    if NORM:
+        scaled = value * tl.load(gain + columns, mask=columns < K, other=0.0).to(tl.float32)
+    return value, scaled
+
+
+@triton.jit
+def _widened(tile):
+    """A tile in fp32; of float8 e4m3 (no NaN), times 2**-120.
+
+    The processor's own conversions of bytes run at an eighth of the rate of a sum. So an int8 is put into the
+    low bits of 3 * 2**22, and a float8's exponent and mantissa where a float32 has them; both are exact.
+    """
+    kind: tl.constexpr = tile.dtype
+    if kind == tl.int8:
+        return (tile.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    elif kind == tl.float8e4nv:
+        signed = tile.to(tl.int8, bitcast=True).to(tl.int32)
+        return ((signed << 20) & -0x78100000).to(tl.float32, bitcast=True)
+    else:
+        return tile.to(tl.float32)
+
+
+@triton.jit
+def _unit(kind: tl.constexpr):
+    """What `_widened` divides by."""
+    if kind == tl.float8e4nv:
+        return 1.329227995784916e36  # 2**120
+    else:
+        return 1.0
+
+
+@triton.jit
+def _add_products(sums, tile, scaled, FOLD: tl.constexpr):
+    """Add tile * scaled to sums, FOLD columns to one: those of one load of one thread, so in registers."""
+    products = _widened(tile) * scaled[None, :]
+    folded: tl.constexpr = (products.shape[0], products.shape[1] // FOLD, FOLD)
+    return sums + tl.sum(tl.reshape(products, folded), 2)
+
+
+@triton.jit
+def _inverse_rms(squares, K: tl.constexpr, eps):
+    return 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+
+
+@triton.jit
+def _row_sums(
+    weight, rows, N, x, gain, eps,
+    K: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Products fp32 [BLOCK_N] of rows of a weight [N, K] with x, normalised where NORM."""
+    FOLD: tl.constexpr = 16 // (weight.dtype.element_ty.primitive_bitwidth // 8)
+    tile = _load_tile(weight, rows, 0, N, K, BLOCK_K, EVEN)
+    if AHEAD > 0:
+        _fetch_rows(weight, rows, N, K, BLOCK_K, AHEAD)
+    _after_previous(PDL)
+    value, scaled = _load_vector(x, gain, 0, K, BLOCK_K, NORM)
+    sums = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    if FOLD == 16 and K <= 8 * BLOCK_K:  # a loop would carry each byte in a register of its own
+        for start in tl.static_range(BLOCK_K, K + BLOCK_K, BLOCK_K):
+            following = _load_tile(weight, rows, start, N, K, BLOCK_K, EVEN)
+            next_value, next_scaled = _load_vector(x, gain, start, K, BLOCK_K, NORM)
+            squares += value * value
+            sums = _add_products(sums, tile, scaled, FOLD)
+            tile, value, scaled = following, next_value, next_scaled
+    else:
+        for start in range(BLOCK_K, K + BLOCK_K, BLOCK_K):
+            following = _load_tile(weight, rows, start, N, K, BLOCK_K, EVEN)
+            next_value, next_scaled = _load_vector(x, gain, start, K, BLOCK_K, NORM)
+            squares += value * value
+            sums = _add_products(sums, tile, scaled, FOLD)
+            tile, value, scaled = following, next_value, next_scaled
+    result = tl.sum(sums, 1) * _unit(weight.dtype.element_ty)
+    if NORM:
+        result = result * _inverse_rms(squares, K, eps)
+    return result
+
+
+@triton.jit
+def product(
+    w0, w1, w2, s0, s1, s2, x, gain, y, eps, next0, next1,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    NEXT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y [N0 + N1 + N2] = the products of up to three weights [Ni, K] with x; ADD adds them to y.
+
+    SCALED multiplies row i by its scale. Programs: the sum of ceil(Ni / BLOCK_N). Before it waits, each
+    brings to the L2 cache AHEAD tiles of its own, and NEXT pieces of 1024 elements from the beginning of each
+    of two matrices that the kernel after this one reads.
+    """
+    program = tl.program_id(0)
+    if NEXT > 0:
+        lane = tl.arange(0, 256)
+        piece = (program * NEXT + lane).to(tl.int64) * 1024
+        _fetch(next0 + piece, lane < NEXT, 1024)
+        _fetch(next1 + piece, lane < NEXT, 1024)
+    first: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
+    second: tl.constexpr = first + (N1 + BLOCK_N - 1) // BLOCK_N
+    weight, scale, N, block, offset = w0, s0, N0, program, 0
+    if N1 > 0:
+        if program >= second:
+            weight, scale, N, block, offset = w2, s2, N2, program - second, N0 + N1
+        elif program >= first:
+            weight, scale, N, block, offset = w1, s1, N1, program - first, N0
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    result = _row_sums(weight, rows, N, x, gain, eps, K, NORM, BLOCK_N, BLOCK_K, EVEN, AHEAD, PDL)
+    inside = rows < N
+    if SCALED:
+        result = result * tl.load(scale + rows, mask=inside, other=0.0)
+    if ADD:
+        result = result + tl.load(y + offset + rows, mask=inside, other=0.0)
+    tl.store(y + offset + rows, result, mask=inside)
+
+
+@triton.jit
+def gated_product(
+    gate, up, gate_scale, up_scale, x, gain, y, eps,
+    N: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y [N] = silu(gate norm(x)) * (up norm(x)), weights [N, K] each."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    FOLD: tl.constexpr = 16 // (gate.dtype.element_ty.primitive_bitwidth // 8)
+    tile0 = _load_tile(gate, rows, 0, N, K, BLOCK_K, EVEN)
+    tile1 = _load_tile(up, rows, 0, N, K, BLOCK_K, EVEN)
+    if AHEAD > 0:
+        _fetch_rows(gate, rows, N, K, BLOCK_K, AHEAD)
+        _fetch_rows(up, rows, N, K, BLOCK_K, AHEAD)
+    _after_previous(PDL)
+    value, scaled = _load_vector(x, gain, 0, K, BLOCK_K, True)
+    sums0 = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
+    sums1 = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    if FOLD == 16 and K <= 8 * BLOCK_K:  # a loop would carry each byte in a register of its own
+        for start in tl.static_range(BLOCK_K, K + BLOCK_K, BLOCK_K):
+            following0 = _load_tile(gate, rows, start, N, K, BLOCK_K, EVEN)
+            following1 = _load_tile(up, rows, start, N, K, BLOCK_K, EVEN)
+            next_value, next_scaled = _load_vector(x, gain, start, K, BLOCK_K, True)
+            squares += value * value
+            sums0 = _add_products(sums0, tile0, scaled, FOLD)
+            sums1 = _add_products(sums1, tile1, scaled, FOLD)
+            tile0, tile1, value, scaled = following0, following1, next_value, next_scaled
+    else:
+        for start in range(BLOCK_K, K + BLOCK_K, BLOCK_K):
+            following0 = _load_tile(gate, rows, start, N, K, BLOCK_K, EVEN)
+            following1 = _load_tile(up, rows, start, N, K, BLOCK_K, EVEN)
+            next_value, next_scaled = _load_vector(x, gain, start, K, BLOCK_K, True)
+            squares += value * value
+            sums0 = _add_products(sums0, tile0, scaled, FOLD)
+            sums1 = _add_products(sums1, tile1, scaled, FOLD)
+            tile0, tile1, value, scaled = following0, following1, next_value, next_scaled
+    inverse = _inverse_rms(squares, K, eps) * _unit(gate.dtype.element_ty)
+    opened, passed = tl.sum(sums0, 1) * inverse, tl.sum(sums1, 1) * inverse
+    inside = rows < N
+    if SCALED:
+        opened = opened * tl.load(gate_scale + rows, mask=inside, other=0.0)
+        passed = passed * tl.load(up_scale + rows, mask=inside, other=0.0)
+    tl.store(y + rows, opened * tl.sigmoid(opened) * passed, mask=inside)
+
+
+@triton.jit
+def vocabulary(
+    weight, x, gain, logits, best, best_at, eps,
+    N: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Logits fp32 [N] = weight [N, K] norm(x), and of every block of rows the largest and where it is."""
+    block = tl.program_id(0)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    result = _row_sums(weight, rows, N, x, gain, eps, K, True, BLOCK_N, BLOCK_K, EVEN, AHEAD, PDL)
+    inside = rows < N
+    tl.store(logits + rows, result, mask=inside)
+    result = tl.where(inside, result, float("-inf"))
+    tl.store(best + block, tl.max(result, 0))
+    tl.store(best_at + block, block * BLOCK_N + tl.argmax(result, 0))
+
+
+@triton.jit
+def begin(
+    token, table, x, position, frequency, cosine, sine,
+    D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x fp32 [D] = the token's embedding; cos and sin [HALF] of its rotary angles position * frequency."""
+    _after_previous(PDL)
+    block = tl.program_id(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    row = table + tl.load(token) * D
+    tl.store(x + at, tl.load(row + at, mask=at < D, other=0.0).to(tl.float32), mask=at < D)
+    if block == 0:
+        half = tl.arange(0, HALF)
+        angle = tl.load(position) * tl.load(frequency + half)
+        tl.store(cosine + half, tl.cos(angle))
+        tl.store(sine + half, tl.sin(angle))
+
+
+@triton.jit
+def _head_halves(x, gain, cos, sin, rows, inside, eps, HALF: tl.constexpr):
+    """Heads at these rows of x [., 2 HALF], normalised and rotated: both halves, fp32 [rows, HALF]."""
+    half = tl.arange(0, HALF)
+    at = rows[:, None] * (2 * HALF) + half[None, :]
+    low = tl.load(x + at, mask=inside[:, None], other=0.0)
+    high = tl.load(x + at + HALF, mask=inside[:, None], other=0.0)
+    mean = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF)
+    inverse = (1.0 / tl.sqrt(mean + eps))[:, None]
+    low = low * inverse * tl.load(gain + half).to(tl.float32)[None, :]
+    high = high * inverse * tl.load(gain + HALF + half).to(tl.float32)[None, :]
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def _load_kv(keys, values, cache, start, stop, HALF: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Both halves of keys, transposed [HALF, BLOCK_T], and values [BLOCK_T, 2 HALF] of some positions."""
+    at = start + tl.arange(0, BLOCK_T)
+    inside = at < stop
+    half, whole = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
+    place = cache + at.to(tl.int64) * (2 * HALF)
+    low = tl.load(keys + place[None, :] + half[:, None], mask=inside[None, :], other=0.0)
+    high = tl.load(keys + place[None, :] + HALF + half[:, None], mask=inside[None, :], other=0.0)
+    return low, high, tl.load(values + place[:, None] + whole[None, :], mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def _attend_tile(q_low, q_high, low, high, value, top, total, mixed, count, scale, BLOCK_T: tl.constexpr):
+    """The running softmax over `count` more positions: its largest score, its sum, and values mixed by it."""
+    scores = tl.dot(q_low, low, input_precision="ieee")
+    scores += tl.dot(q_high, high, input_precision="ieee")
+    scores = tl.where((tl.arange(0, BLOCK_T) < count)[None, :], scores * scale, -1.0e30)
+    higher = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp(scores - higher[:, None])
+    rescale = tl.exp(top - higher)
+    more = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    return higher, total * rescale + tl.sum(weights, 1), mixed * rescale[:, None] + more
+
+
+@triton.jit
+def attend(
+    qkv, q_gain, k_gain, cosine, sine, keys, values, length_at, sums, parts, arrived, y, scale, eps, capacity,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attention of one new position over the cache and itself, whose key and value it also appends.
+
+    Program (h, s) takes the s-th part of the cache of key-value head h for all query heads that share it;
+    the last one to finish of a head joins its parts (split-K flash decoding).
+
+    Args:
+        qkv: fp32 [(HEADS + 2 KV_HEADS) * 2 HALF], not yet normalised or rotated.
+        keys, values: [KV_HEADS, capacity, 2 HALF]; `length_at` points to the number of positions in them.
+        sums: fp32 [HEADS, SPLITS, 2 HALF] and parts: fp32 [HEADS, SPLITS, 2], scratch.
+        arrived: int32 [KV_HEADS], all 0, and 0 again afterwards.
+        y: fp32 [HEADS * 2 HALF].
+        ROWS: at least HEADS / KV_HEADS, and 16: what a matrix product takes.
+        LANES: HEADS / KV_HEADS, rounded up to a power of two.
+        AHEAD: loads of positions beyond the first that are brought to the L2 cache before it waits.
+    """
+    DIM: tl.constexpr = 2 * HALF
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    head, split = tl.program_id(0), tl.program_id(1)
+    cache = head.to(tl.int64) * capacity * DIM
+    # What lies in the cache was there before the kernel before this one began.
+    length = tl.load(length_at)
+    share = (length + SPLITS - 1) // SPLITS
+    start = split * share
+    stop = tl.minimum(start + share, length)
+    low, high, value = _load_kv(keys, values, cache, start, stop, HALF, BLOCK_T)
+    if AHEAD > 0:
+        later = start + BLOCK_T + tl.arange(0, 256)
+        wanted = (later < stop) & (tl.arange(0, 256) < AHEAD * BLOCK_T)
+        _fetch(keys + cache + later.to(tl.int64) * DIM, wanted, DIM)
+        _fetch(values + cache + later.to(tl.int64) * DIM, wanted, DIM)
+    _after_previous(PDL)
+    half, whole = tl.arange(0, HALF), tl.arange(0, DIM)
+    cos, sin = tl.load(cosine + half)[None, :], tl.load(sine + half)[None, :]
+    row = tl.arange(0, ROWS)
+    q_low, q_high = _head_halves(qkv, q_gain, cos, sin, head * GROUP + row, row < GROUP, eps, HALF)
+    kind = keys.dtype.element_ty
+    q_low, q_high = q_low.to(kind), q_high.to(kind)
+
+    top = tl.full((ROWS,), -1.0e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, DIM), tl.float32)
+    if split == 0:
+        one = tl.arange(0, 1)
+        k_low, k_high = _head_halves(qkv, k_gain, cos, sin, HEADS + head + one, one < 1, eps, HALF)
+        k_low, k_high = k_low.to(kind), k_high.to(kind)
+        new = tl.load(qkv + (HEADS + KV_HEADS + head) * DIM + whole).to(kind)
+        there = cache + length.to(tl.int64) * DIM
+        tl.store(keys + there + half[None, :], k_low)
+        tl.store(keys + there + HALF + half[None, :], k_high)
+        tl.store(values + there + whole, new)
+        products = q_low.to(tl.float32) * k_low.to(tl.float32) + q_high.to(tl.float32) * k_high.to(tl.float32)
+        top = tl.sum(products, 1) * scale
+        total += 1.0
+        mixed += new.to(tl.float32)[None, :]
+
+    # Where a part is empty, what comes of it has the score -1e30, and no weight when parts are joined.
+    top, total, mixed = _attend_tile(
+        q_low, q_high, low, high, value, top, total, mixed, stop - start, scale, BLOCK_T
+    )
+    for begin_at in range(start + BLOCK_T, stop, BLOCK_T):
+        low, high, value = _load_kv(keys, values, cache, begin_at, stop, HALF, BLOCK_T)
+        top, total, mixed = _attend_tile(
+            q_low, q_high, low, high, value, top, total, mixed, stop - begin_at, scale, BLOCK_T
+        )
+
+    mine = (head * GROUP + row) * SPLITS + split
+    tl.store(parts + mine * 2, top, mask=row < GROUP)
+    tl.store(parts + mine * 2 + 1, total, mask=row < GROUP)
+    tl.store(sums + mine[:, None] * DIM + whole[None, :], mixed, mask=(row < GROUP)[:, None])
+    tl.debug_barrier()  # all of this program's stores, before the counter tells of them
+    if tl.atomic_add(arrived + head, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(arrived + head, 0)
+        lane = tl.arange(0, LANES)  # the heads of this group, up to a power of two
+        part = (head * GROUP + lane)[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+        there = (lane < GROUP)[:, None]
+        tops = tl.load(parts + part * 2, mask=there, other=0.0, cache_modifier=".cg")
+        totals = tl.load(parts + part * 2 + 1, mask=there, other=1.0, cache_modifier=".cg")
+        where = part[:, :, None] * DIM + whole[None, None, :]
+        each = tl.load(sums + where, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        factor = tl.exp(tops - tl.max(tops, 1)[:, None])
+        joined = tl.sum(each * factor[:, :, None], 1) / tl.sum(totals * factor, 1)[:, None]
+        tl.store(y + (head * GROUP + lane)[:, None] * DIM + whole[None, :], joined, mask=there)
+
+
+@triton.jit
+def finish(
+    best, best_at, token, history, step, length, position,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The likeliest token out of the blocks' best (the first of equals), written down; then one step on."""
+    _after_previous(PDL)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    at = tl.full((BLOCK,), 0, tl.int32)
+    for start in range(0, BLOCKS, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        value = tl.load(best + block, mask=block < BLOCKS, other=float("-inf"))
+        where = tl.load(best_at + block, mask=block < BLOCKS, other=0)
+        better = value > top
+        top = tl.where(better, value, top)
+        at = tl.where(better, where, at)
+    highest = tl.max(top, 0)
+    chosen = tl.min(tl.where(top == highest, at, 2147483647), 0).to(tl.int64)
+    now = tl.load(step)
+    tl.store(token, chosen)
+    tl.store(history + now, chosen)
+    tl.store(step, now + 1)
+    tl.store(length, tl.load(length) + 1)
+    tl.store(position, tl.load(position) + 1.0)
