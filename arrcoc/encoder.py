@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from arrcoc.cache import TileCache, TileKey
+from arrcoc.cache import TileCache, TileKey, arrange, upload
 from arrcoc.lod import LodEngine
-from arrcoc.records import Features, Frame, Lod, Tiles
+from arrcoc.records import Frame, Lod, Tiles
 
 CutTiles = Callable[[Frame, int, Tensor, int], Tensor]
 """(frame, edge of a tile in pixels, raster indices [K], margin in pixels) to uint8 [K, 3, e, e]."""
@@ -67,6 +67,55 @@ class TileEncoder:
             for lod, index in asked.items()
         ]
 
+    @torch.inference_mode()
+    def prefetch(
+        self,
+        frame: Frame,
+        wanted: Mapping[Lod, Tensor],
+        relevance: Tensor,
+        stopped: Callable[[], bool],
+        at_once: int = 8,
+    ) -> int:
+        """Encode tiles that nobody has asked for yet into the cache, a few at a time.
+
+        Args:
+            frame: the image.
+            wanted: as for `encode`.
+            relevance: fp32 [R, C] on the CPU; a tile's first score is half of it, for nobody has used it.
+            stopped: whether to stop, asked before every few tiles and before they are stored.
+            at_once: how many tiles are encoded between.
+
+        Returns:
+            How many tiles were encoded and stored.
+        """
+        flat, made = relevance.flatten().tolist(), 0
+        for lod, index in wanted.items():
+            for part in torch.split(index, at_once) if len(index) else ():
+                if stopped():
+                    return made
+                made += self._encode_ahead(frame, lod, part, flat, stopped)
+        return made
+
+    def _encode_ahead(
+        self, frame: Frame, lod: Lod, index: Tensor, relevance: list[float], stopped: Callable[[], bool]
+    ) -> int:
+        engine = self._engines[lod]
+        window = self._pixels(frame, lod, index) if self._halo else None
+        contents = self._contents(frame, {lod: index}, {} if window is None else {lod: window})[lod]
+        keys = [TileKey(content, int(lod), engine.fingerprint) for content in contents]
+        places = _places(keys, range(len(keys)))
+        missing = {key: places[key][0] for key in self._cache.missing(keys)}
+        if not missing:
+            return 0
+        fresh = engine.encode_ahead(self._chosen(frame, lod, index, window, list(missing.values())))
+        if fresh.tokens.is_cuda:
+            # What is stored is then there already: a request that finds it waits for nothing.
+            torch.cuda.current_stream(fresh.tokens.device).synchronize()
+        if stopped():
+            return 0
+        gains = [relevance[int(index[place])] / 2 for place in missing.values()]
+        return self._cache.put(list(missing), fresh, gains, ahead=True)
+
     def _contents(
         self, frame: Frame, asked: Mapping[Lod, Tensor], windows: Mapping[Lod, Tensor]
     ) -> dict[Lod, list[Content]]:
@@ -97,21 +146,27 @@ class TileEncoder:
         keys = [TileKey(content, int(lod), engine.fingerprint) for content in contents]
         weights = [relevance[tile] for tile in index.tolist()]
         found = self._cache.get(keys, weights, frame.pixels.device)
-        missing: dict[TileKey, list[int]] = {}
-        for place, hit in enumerate(found):
-            if hit is None:
-                missing.setdefault(keys[place], []).append(place)
-        if missing:
-            # Tiles with the same pixels, such as a page's blank ones, are encoded once.
-            first = [places[0] for places in missing.values()]
-            pixels = self._pixels(frame, lod, index[first]) if window is None else window[first]
-            fresh = engine.encode(pixels)
-            for row, (key, places) in enumerate(missing.items()):
-                made = Features(fresh.tokens[row : row + 1], fresh.deepstack[:, row : row + 1])
-                self._cache.put(key, made, sum(weights[place] for place in places))
-                for place in places:
-                    found[place] = made
-        return Tiles(lod, engine.side, index, _join([hit for hit in found if hit is not None]))
+        missing = _places(keys, set(range(len(keys))).difference(found.places))
+        if not missing:
+            assert found.features is not None, "every key is found or missing"
+            return Tiles(lod, engine.side, index, found.features)
+        # Tiles with the same pixels, such as a page's blank ones, are encoded once.
+        first = [places[0] for places in missing.values()]
+        fresh = engine.encode(self._chosen(frame, lod, index, window, first))
+        self._cache.put(list(missing), fresh, [sum(weights[p] for p in ps) for ps in missing.values()])
+        parts = [fresh] if found.features is None else [found.features, fresh]
+        order = {place: row for row, place in enumerate(found.places)}
+        for row, places in enumerate(missing.values(), len(found.places)):
+            order |= dict.fromkeys(places, row)
+        return Tiles(lod, engine.side, index, arrange(parts, [order[place] for place in range(len(keys))]))
+
+    def _chosen(
+        self, frame: Frame, lod: Lod, index: Tensor, window: Tensor | None, places: list[int]
+    ) -> Tensor:
+        """What the engine takes for the tiles at some places of `index`, cut already or not."""
+        if window is None:
+            return self._pixels(frame, lod, index[places])
+        return window if len(places) == len(window) else window.index_select(0, upload(places, window.device))
 
     def _pixels(self, frame: Frame, lod: Lod, index: Tensor) -> Tensor:
         """What the engine of a LOD takes for the tiles with raster indices `index`."""
@@ -119,6 +174,10 @@ class TileEncoder:
         return self._cut(frame, side_px, index, margin)
 
 
-def _join(parts: list[Features]) -> Features:
-    """One record of K tiles from K records of one."""
-    return Features(torch.cat([p.tokens for p in parts]), torch.cat([p.deepstack for p in parts], dim=1))
+def _places(keys: Sequence[TileKey], chosen: Container[int]) -> dict[TileKey, list[int]]:
+    """Places of every key among the places chosen, in order of first appearance."""
+    places: dict[TileKey, list[int]] = {}
+    for place, key in enumerate(keys):
+        if place in chosen:
+            places.setdefault(key, []).append(place)
+    return places

@@ -70,12 +70,12 @@ def demo_case(name: str, family: str, index: int, canvas: int = CANVAS) -> DemoC
     drawn = sample(SEED, index, "test", canvas, [family])
     first = DemoQuestion(family, drawn.question, drawn.answer, drawn.targets)
     rng = np.random.default_rng([SEED, index])
-    more = tuple(_further(rng, drawn, other) for other in FURTHER[family])
+    more = tuple(further(rng, drawn, other) for other in FURTHER[family])
     source = f"sample({SEED}, {index}, 'test', {canvas}, ['{family}']) over {drawn.background}"
     return DemoCase(name, drawn.image, (first, *more), source)
 
 
-def _further(rng: Rng, drawn: Example, family: str) -> DemoQuestion:
+def further(rng: Rng, drawn: Example, family: str) -> DemoQuestion:
     """Another question about the signs of an example; its answer follows from their record alone."""
     ask = _ask(rng, drawn, family)
     right = answer(ask, drawn.placards, *drawn.image.shape[:2])
