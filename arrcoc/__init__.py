@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from arrcoc.encoding import Encoding
     from arrcoc.engine import Engine
     from arrcoc.records import Channel, Layout, Lod
+    from arrcoc.session import Session
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ __all__ = [
     "ModelError",
     "QueryError",
     "Sampling",
+    "Session",
 ]
 
 _HOMES = {
@@ -60,6 +62,7 @@ _HOMES = {
     "Layout": "records",
     "Lod": "records",
     "Sampling": "decode",
+    "Session": "session",
 }
 
 

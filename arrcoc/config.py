@@ -37,6 +37,9 @@ class Config(BaseModel):
     """Largest relative change of the aspect ratio; beyond it the frame is padded instead."""
     max_source_pixels: int = Field(default=400_000_000, ge=1)
     """Largest source image, in pixels; larger ones are refused before they are decoded."""
+    jpeg: Literal["auto", "cpu", "gpu"] = "auto"
+    """What decodes JPEG files: Pillow on the CPU, or nvJPEG where they are plain; auto takes nvJPEG on CUDA
+    where it works."""
 
     # Texture and scorers.
     cells: int = Field(default=16, ge=4)
@@ -93,17 +96,53 @@ class Config(BaseModel):
     """Token order inside `replace` and inside the refined tiles of `refine`: by position, or tile by tile."""
 
     # Encoder and cache.
-    buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    lod_engine: Literal["auto", "eager", "graphed"] = "auto"
+    """What runs torch's LOD engines: fused kernels in CUDA graphs, or the stock layers one by one; auto takes
+    the first on CUDA with Triton, in bfloat16 or float16."""
+    lod_precision: Literal["auto", "float8"] = "auto"
+    """Whether torch's LOD engines compute in the model's precision, or in float8 (needs torchao)."""
+    lod_error_limit: float = Field(default=0.05, gt=0)
+    """Largest relative error of float8 encodings against the model's precision; above it they are refused."""
+    buckets: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 10, 12, 14, *range(16, 81, 4))
     """Batch sizes that a LOD engine runs at; smaller batches are padded up to one of them."""
     cache_bytes: int = Field(default=1 << 30, ge=0)
-    """Bound of the tile cache, in bytes; 0 switches it off."""
+    """Bound of the tile cache's first tier, in bytes; 0 with no host tier switches the cache off."""
     cache_location: Literal["device", "host"] = "device"
-    """Whether cached tiles stay where the model is, or in host memory."""
+    """Whether that tier is where the model is, or in host memory."""
+    cache_host_bytes: int = Field(default=0, ge=0)
+    """Bound of the tier in pinned host memory, which takes what the device has no room for; 0 for none."""
+    cache_disk_bytes: int = Field(default=0, ge=0)
+    """Bound of the tier on disk, which takes what memory has no room for; 0 for none."""
+    cache_disk_path: str | None = None
+    """Folder of the tier on disk, which processes may share; by default below the user's cache folder."""
+    cache_disk_ttl: float = Field(default=7 * 86_400.0, gt=0)
+    """Seconds after its writing that a tile stays on disk."""
     cache_half_life: float = Field(default=256.0, gt=0)
     """Uses of the cache after which a tile's relevance score has halved."""
+    prefetch: Literal["auto", "on", "off"] = "auto"
+    """Whether an opened image's likely next tiles are encoded while nobody waits; auto does so on CUDA."""
+    prefetch_tiles: int = Field(default=32, ge=0)
+    """Most tiles that are encoded ahead after one question."""
+    prefix_bytes: int = Field(default=1 << 30, ge=0)
+    """Bound of the keys and values kept of images' overviews, in bytes; 0 switches that off."""
+    prefix_dtype: Literal["auto", "float8"] = "auto"
+    """Whether those are kept as they are computed, or in float8 (e4m3), at half the bytes of bfloat16."""
 
     # Decoding.
     max_new_tokens: int = Field(default=256, ge=1)
+    decoder: Literal["auto", "eager", "graphed"] = "auto"
+    """Whether a decode step is launched operation by operation, or captured once with static memory; auto
+    captures on CUDA."""
+    decode_weights: Literal["bf16", "int8", "float8"] = "bf16"
+    """Format of the matrices of the text decoder's layers: the model's own (`bf16`), or one byte each with a
+    scale a row, by torchao."""
+    decode_bytes: int = Field(default=4 << 30, ge=0)
+    """Most bytes of keys and values that the captured decoder keeps between requests."""
+    prefill_chunk: int | None = Field(default=None, ge=1)
+    """Most positions that one pass of a prefill takes; None for a whole prompt at once."""
+    speculative: str = "none"
+    """What proposes tokens that greedy decoding then checks several at a time: `none`, `prompt_lookup`, or
+    the folder of a small checkpoint with the same vocabulary. The tokens stay the same."""
     max_question_chars: int = Field(default=20_000, ge=1)
     """Longest question, in characters."""
 

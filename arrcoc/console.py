@@ -95,6 +95,31 @@ def counting(total: int) -> Iterator[Callable[[str], None]]:
         yield lambda name: progress.update(task, description=name, advance=1)
 
 
+@contextmanager
+def phases() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress whose steps are learned on the way, on stderr: a bar on a terminal, else lines.
+
+    Yields:
+        What to call with what is under way, and how many of how many steps are done; a bar of 0 steps runs
+        on and on. Without a terminal only what has no count of steps is shown: one line each.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what, done, total: None if total else typer.echo(what, err=True)
+        return
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total or None)
+
+        yield show
+
+
 def stdout() -> Console:
     """Where tables go: as wide as the terminal, and wide enough to read when piped to a file."""
     from rich.console import Console

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from arrcoc import chat as chats
 from arrcoc import config as configs
-from arrcoc import prompting
-from arrcoc.answer import Answer, AnswerStream, text_pieces
-from arrcoc.cache import CacheStats, TileCache
+from arrcoc.answer import Answer, AnswerStream
+from arrcoc.answering import Answering
+from arrcoc.cache import CacheStats, open_cache
 from arrcoc.config import Config
-from arrcoc.decode import Decoder, Sampling, TransformersDecoder
+from arrcoc.decode import BatchDecoder, Decoder, Sampling, make_decoder, quantize_text
 from arrcoc.demo.bundled import bundled_checkpoint
-from arrcoc.devices import device_name, resolve_device, resolve_dtype
+from arrcoc.description import describe
+from arrcoc.devices import resolve_device, resolve_dtype
 from arrcoc.encoding import Encoding
 from arrcoc.errors import ConfigError, DecodeError, EngineMismatchError
 from arrcoc.image import ImageInput
 from arrcoc.lod import BuiltEngines
+from arrcoc.prefetch import TilePrefetcher
+from arrcoc.prefix_store import PrefixStats, PrefixStore
 from arrcoc.qwen import QwenVL, load
-from arrcoc.records import Lod
 from arrcoc.scorers import TEXTURE_HEAD_FILE, TextureHead
+from arrcoc.session import Calls, Session
 from arrcoc.timing import StageTimer
 from arrcoc.viewer import Budget, Viewer
 
@@ -57,10 +59,18 @@ class Engine:
         """
         self._qwen, self._presets, self._notes = qwen, presets, list(notes)
         base = presets.base
-        self._cache = TileCache(base.cache_bytes, base.cache_half_life, base.cache_location)
-        self._decoder: Decoder = TransformersDecoder(qwen)
+        self._cache = open_cache(base)
+        quantize_text(qwen, base.decode_weights)
+        self._decoder: Decoder = make_decoder(qwen, base)
+        self._batch = BatchDecoder(qwen, base.prefill_chunk)
         self._head = _texture_head(qwen, base)
-        self._viewer = Viewer(qwen, presets, self._cache, self._head, built)
+        self._prefixes = PrefixStore(base.prefix_bytes, base.cache_half_life)
+        on = base.prefetch == "on" or (base.prefetch == "auto" and qwen.device.type == "cuda")
+        self._ahead = TilePrefetcher(qwen.device, enabled=on)
+        # An engine that is dropped without being closed leaves no thread behind.
+        weakref.finalize(self, self._ahead.stop).atexit = False
+        self._viewer = Viewer(qwen, presets, self._cache, self._head, built, self._prefixes, self._ahead)
+        self._answering = Answering(qwen, self._viewer, self._decoder, self._ahead)
 
     @classmethod
     def from_pretrained(
@@ -118,9 +128,7 @@ class Engine:
         Raises:
             ImageError, QueryError, BudgetError: an argument is not usable.
         """
-        timer = StageTimer(self._qwen.device)
-        (seen,) = self._viewer.see(chats.single(image, self._check(question)), budget, timer)
-        return seen.timed(timer)
+        return self._answering.encode(chats.single(image, self._check(question)), budget)
 
     def ask(
         self,
@@ -161,7 +169,8 @@ class Engine:
         The image is encoded and the prompt run at once, so `ask`'s errors are raised here.
         """
         conversation = chats.single(image, self._check(question))
-        return self._stream(conversation, budget, self._sampling(max_new_tokens, temperature, sampling))
+        chosen = self._sampling(max_new_tokens, temperature, sampling)
+        return self._answering.stream(conversation, budget, chosen)
 
     def chat(
         self,
@@ -186,41 +195,98 @@ class Engine:
             chats.check_unicode(text)
             self._qwen.check_text(text)
         chosen = self._sampling(max_new_tokens, temperature, sampling)
-        return self._stream(conversation, budget, chosen).exhaust()
+        return self._answering.stream(conversation, budget, chosen).exhaust()
+
+    def open(self, image: ImageInput, budget: Budget = None, *, conversation: bool = False) -> Session:
+        """Hold an image open for several questions; what they have in common is computed now, and once.
+
+        Args:
+            image: as for `encode`.
+            budget: of questions that name none, as for `encode`.
+            conversation: whether each question is a turn of one conversation, so that earlier questions and
+                answers are part of the prompt; else they are independent of one another.
+
+        Raises:
+            ImageError, BudgetError: an argument is not usable.
+        """
+        timer = StageTimer(self._qwen.device)
+        with self._ahead.request():
+            view = self._viewer.open(image, budget, timer)
+
+        def stream(chat: chats.Conversation, budget: Budget, count: int | None, *how: Any) -> AnswerStream:
+            return self._answering.stream(chat, budget, self._sampling(count, *how))
+
+        calls = Calls(self._check, self._answering.encode, stream)
+        return Session(view, budget, calls, timer, conversation=conversation)
+
+    def ask_batch(
+        self,
+        requests: Sequence[tuple[ImageInput | Encoding, str] | tuple[ImageInput | Encoding, str, Budget]],
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        **sampling: Any,
+    ) -> list[Answer]:
+        """Answer several questions at once: images one after the other, their answers side by side.
+
+        Args:
+            requests: (image, question) or (image, question, budget), as for `ask`; in any number and size.
+            max_new_tokens: most tokens of each answer; None takes the configured number.
+            temperature: 0 is greedy, and then each answer is what `ask` gives; above 0 samples.
+            sampling: further fields of `arrcoc.Sampling`.
+
+        Raises:
+            ImageError, QueryError, BudgetError, DecodeError: an argument is not usable.
+            EngineMismatchError: an encoding was made by other vision weights or in another precision.
+        """
+        chosen = self._sampling(max_new_tokens, temperature, sampling)
+        asked = [(chats.single(image, self._check(q)), [*budget, None][0]) for image, q, *budget in requests]
+        return self._answering.batch(asked, chosen, self._batch)
 
     def cache_stats(self) -> CacheStats:
         """Counts of the tile cache."""
         return self._cache.stats()
 
+    def prefix_stats(self) -> PrefixStats:
+        """Counts of the store of images' overviews: keys and values that questions and sessions share."""
+        return self._prefixes.stats()
+
     def evict_low_relevance(self, threshold: float) -> int:
         """Drop cached tiles whose decayed relevance score is below a threshold; returns how many."""
         return self._cache.evict_low_relevance(threshold)
 
+    def finish_prefetch(self, timeout: float | None = None) -> bool:
+        """Wait until no tiles are being encoded ahead; False if that took longer than `timeout` seconds."""
+        return self._ahead.flush(timeout)
+
+    def close(self) -> None:
+        """Finish what runs in the background, and write cached tiles to disk if there is a tier for them.
+
+        Happens by itself when the interpreter ends. A closed engine still answers; no tile goes to disk then.
+        """
+        self._ahead.close()
+        self._cache.close()
+
+    def warm_up(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
+        """Compile kernels and capture CUDA graphs now, instead of when a request first needs them.
+
+        Compiled kernels stay in Triton's cache on disk, so that later processes start warm.
+
+        Args:
+            progress: called with what is under way, how many steps are done, and of how many.
+        """
+        self._viewer.warm_up(progress)
+
     def describe(self) -> dict[str, Any]:
         """What runs where: model, presets, scorers, engines, decoder, cache, versions, notes. JSON-ready."""
-        qwen, base = self._qwen, self._presets.base
-        parallel = "three CUDA streams" if qwen.device.type == "cuda" else "in sequence"
-        return {
-            "model": {"name": qwen.name, "parameters": qwen.n_parameters, "fingerprint": qwen.fingerprint},
-            "device": device_name(qwen.device),
-            "dtype": str(qwen.dtype).removeprefix("torch."),
-            "preset": self._presets.name,
-            "sides": {name: list(c.sides) for name, c in self._presets.by_name.items()},
-            "layout": base.layout.value,
-            "glimpse": base.glimpse,
-            "halo": base.halo,
-            "overview_stride": base.overview_stride,
-            "scorers": {"participatory": "texture" if self._head else "glimpse", "parallel": parallel},
-            "lod_engines": self._viewer.backends(),
-            "decoder": self._decoder.backend,
-            "cache": _cache_facts(self._cache.stats()) | {"location": base.cache_location},
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": version("transformers"),
-                "python": platform.python_version(),
-            },
-            "notes": list(self._notes),
-        }
+        return describe(
+            self._qwen,
+            self._presets,
+            self._viewer,
+            self._decoder.backend,
+            self._cache.stats(),
+            self._prefixes.stats(),
+            self._notes,
+        )
 
     def _check(self, question: object) -> str:
         text = chats.check_question(question, self._presets.base.max_question_chars)
@@ -235,27 +301,6 @@ class Engine:
         count = self._presets.base.max_new_tokens if max_new_tokens is None else max_new_tokens
         return Sampling(max_new_tokens=count, temperature=temperature, **more)
 
-    def _stream(self, conversation: chats.Conversation, budget: Budget, sampling: Sampling) -> AnswerStream:
-        timer = StageTimer(self._qwen.device)
-        seen = self._viewer.see(conversation, budget, timer)
-        with timer.stage("prefill"):
-            prompt, head = prompting.build(self._qwen, conversation.messages, [s.encoding for s in seen])
-            prefix = seen[0].prefix if len(seen) == 1 else None
-            state = self._decoder.prefill(prompt, prefix if prefix and prefix.head == head else None)
-        length, tokens = prompt.embeds.shape[1], list[int]()
-
-        def pieces() -> Iterator[str]:
-            with timer.stage("generate"):
-                yield from text_pieces(self._decoder.generate(state, sampling), self._qwen.detokenize, tokens)
-
-        def finish() -> Answer:
-            reason: Literal["stop", "length"] = "length" if len(tokens) == sampling.max_new_tokens else "stop"
-            made = tuple(s.timed(timer) for s in seen)
-            text = self._qwen.detokenize(tokens)
-            return Answer(text, made, timer.milliseconds(), length, len(tokens), reason)
-
-        return AnswerStream(pieces(), finish)
-
 
 def _unserved(built: BuiltEngines, presets: configs.PresetChoice) -> list[str]:
     """Notes on the presets that a build is not for; raises `EngineMismatchError` if it is for none."""
@@ -267,15 +312,6 @@ def _unserved(built: BuiltEngines, presets: configs.PresetChoice) -> list[str]:
     note = f"The engines in {built.folder} are not for preset {', '.join(others)}: torch encodes its tiles."
     logger.warning(note)
     return [note]
-
-
-def _cache_facts(stats: CacheStats) -> dict[str, Any]:
-    """Cache statistics with LODs by name."""
-    by_lod = {
-        name: {Lod(lod).name.lower(): count for lod, count in sorted(getattr(stats, name).items())}
-        for name in ("hits_by_lod", "misses_by_lod")
-    }
-    return dataclasses.asdict(stats) | by_lod
 
 
 def _texture_head(qwen: QwenVL, config: Config) -> TextureHead | None:

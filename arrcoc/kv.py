@@ -1,26 +1,78 @@
 """Keys and values of one sequence, growing in place, cut back at will, with a length of its own per layer.
 
 transformers' caches hold every layer to one length and some keep state on the model; the glimpse is run
-through the first layers only, then branched for two prompts and continued for the answer, so arrcoc keeps
-its own. Attention layers need nothing of a cache but `update`.
+through the first layers only, then branched for the question and continued for the answer, so arrcoc keeps
+its own. Attention layers need nothing of a cache but `update`. All layers lie in one tensor: a beginning
+that several requests share is copied into a request's cache by one kernel.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+
+
+class Room(NamedTuple):
+    """Where the new positions of a layer go.
+
+    Attributes:
+        keys, values: [kv_heads, capacity, head_dim], the layer's whole buffers.
+        past: positions before the new ones; int32 [1] where only the device knows.
+    """
+
+    keys: Tensor
+    values: Tensor
+    past: int | Tensor
+
+
+class LayerCache(Protocol):
+    """What attention layers, and whoever runs them, need of a cache."""
+
+    def length(self, layer: int) -> int:
+        """Positions held by one layer."""
+        ...
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Add [1, kv_heads, m, head_dim] to a layer and return its keys and values."""
+        ...
+
+
+class RoomyCache(LayerCache, Protocol):
+    """A cache of one sequence that kernels write into."""
+
+    def room(self, layer: int, count: int, like: Tensor) -> Room:
+        """Append `count` positions to a layer, which the caller writes; like [kv_heads, count, head_dim]."""
+        ...
 
 
 class KvCache:
     """Keys and values [1, kv_heads, length, head_dim] per layer; not shared between requests."""
 
-    def __init__(self, n_layers: int, capacity: int) -> None:
-        """Args: n_layers of the decoder; capacity in positions to reserve at first use of a layer."""
-        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+    def __init__(self, n_layers: int, capacity: int, first: int = 0) -> None:
+        """Make an empty cache for layers `first` to `n_layers` - 1.
+
+        Args:
+            n_layers: one past the last layer.
+            capacity: positions to reserve for every layer at the first use of any.
+            first: the first layer.
+        """
+        self._first = first
         self._lengths = [0] * n_layers
         self._capacity = capacity
+        self._buffer: Tensor | None = None
+
+    @classmethod
+    def holding(cls, block: Tensor, length: int) -> KvCache:
+        """A cache over a buffer [n_layers, 2, kv_heads, capacity, head_dim] whose first `length` are filled.
+
+        The buffer becomes the cache's own.
+        """
+        made = cls(block.shape[0], block.shape[3])
+        made._buffer, made._lengths = block, [length] * block.shape[0]
+        return made
 
     def length(self, layer: int) -> int:
         """Positions held by one layer."""
@@ -28,9 +80,17 @@ class KvCache:
 
     def keys(self, layer: int) -> Tensor:
         """Rotated keys [1, kv_heads, length, head_dim] of one layer (a view)."""
-        buffers = self._buffers[layer]
-        assert buffers is not None, f"layer {layer} has no keys yet"
-        return buffers[0][:, :, : self._lengths[layer]]
+        return self._held(layer)[0][None]
+
+    def values(self, layer: int) -> Tensor:
+        """Values [1, kv_heads, length, head_dim] of one layer (a view)."""
+        return self._held(layer)[1][None]
+
+    def block(self, length: int) -> Tensor:
+        """The first `length` positions of every layer, [layers, 2, kv_heads, length, head_dim] (a view)."""
+        assert self._buffer is not None, "an empty cache"
+        assert length <= min(self._lengths[self._first :]), (length, self._lengths)
+        return self._buffer[:, :, :, :length]
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
@@ -41,84 +101,43 @@ class KvCache:
         """
         start = self._lengths[layer_idx]
         stop = start + key.shape[2]
-        keys, values = self._reserve(layer_idx, stop, key, value)
-        keys[:, :, start:stop] = key
-        values[:, :, start:stop] = value
+        keys, values = self._reserve(stop, key)[layer_idx - self._first]
+        keys[:, start:stop] = key[0]
+        values[:, start:stop] = value[0]
         self._lengths[layer_idx] = stop
-        return keys[:, :, :stop], values[:, :, :stop]
+        return keys[None, :, :stop], values[None, :, :stop]
+
+    def room(self, layer: int, count: int, like: Tensor) -> Room:
+        """Append `count` positions to a layer, which the caller writes; like [kv_heads, count, head_dim]."""
+        stop = self._lengths[layer] + count
+        keys, values = self._reserve(stop, like[None])[layer - self._first]
+        self._lengths[layer] = stop
+        return Room(keys, values, stop - count)
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on; layers that hold fewer keep what they have."""
         self._lengths = [min(length, held) for held in self._lengths]
 
-    def tensors(self) -> list[Tensor]:
-        """All buffers, keys and values of every layer in use."""
-        return [tensor for pair in self._buffers if pair is not None for tensor in pair]
-
     @property
     def nbytes(self) -> int:
         """Bytes reserved on the device."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return 0 if self._buffer is None else self._buffer.nbytes
 
-    def _reserve(self, layer: int, stop: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        buffers = self._buffers[layer]
-        if buffers is not None and buffers[0].shape[2] >= stop:
-            return buffers
-        size = max(stop, self._capacity if buffers is None else 2 * buffers[0].shape[2])
-        grown = tuple(
-            _grow(t, None if buffers is None else buffers[i], size) for i, t in enumerate((key, value))
-        )
-        self._buffers[layer] = grown[0], grown[1]
-        return grown[0], grown[1]
+    def _held(self, layer: int) -> Tensor:
+        length = self._lengths[layer]
+        assert self._buffer is not None, f"layer {layer} has no keys yet"
+        assert length, f"layer {layer} has no keys yet"
+        return self._buffer[layer - self._first, :, :, :length]
 
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """A prompt's head and glimpse, run through the decoder's first layers.
-
-    Attributes:
-        head: token ids before the glimpse.
-        cache: keys and values of layers below `depth`, `length` positions each.
-        hidden: [1, length, D], input of layer `depth`.
-        positions: fp32 [3, length].
-        deepstack: [L, m, D], the glimpse's planes.
-        depth: layers run so far.
-        norms: for each probed layer, norm of its input at the glimpse tokens, fp32 [m].
-        next_position: position of the text after the image.
-    """
-
-    head: tuple[int, ...]
-    cache: KvCache
-    hidden: Tensor
-    positions: Tensor
-    deepstack: Tensor
-    depth: int
-    norms: dict[int, Tensor]
-    next_position: float
-
-    @property
-    def length(self) -> int:
-        """Positions held."""
-        return int(self.hidden.shape[1])
-
-    @property
-    def image(self) -> slice:
-        """Columns of the glimpse tokens."""
-        return slice(len(self.head), self.length)
-
-    @property
-    def vision(self) -> Tensor:
-        """Columns of the glimpse tokens, int64 [m]."""
-        return torch.arange(self.image.start, self.image.stop, device=self.hidden.device)
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor held, for `record_stream`."""
-        return [self.hidden, self.positions, self.deepstack, *self.norms.values(), *self.cache.tensors()]
-
-
-def _grow(like: Tensor, old: Tensor | None, size: int) -> Tensor:
-    batch, heads, _, width = like.shape
-    grown = like.new_empty(batch, heads, size, width)
-    if old is not None:
-        grown[:, :, : old.shape[2]] = old
-    return grown
+    def _reserve(self, stop: int, like: Tensor) -> Tensor:
+        """The buffer [layers, 2, kv_heads, capacity, head_dim], grown if `stop` positions need it."""
+        old = self._buffer
+        if old is not None and old.shape[3] >= stop:
+            return old
+        batch, heads, _, width = like.shape
+        assert batch == 1, "one sequence"
+        size = max(stop, self._capacity if old is None else 2 * old.shape[3])
+        self._buffer = like.new_empty(len(self._lengths) - self._first, 2, heads, size, width)
+        if old is not None:
+            self._buffer[:, :, :, : old.shape[3]] = old
+        return self._buffer

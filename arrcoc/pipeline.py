@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from arrcoc import allocation, image, opponent, scorers, sequence, streams, texture
+from arrcoc import allocation, image, scorers, sequence
 from arrcoc.cache import TileCache
 from arrcoc.config import Config
 from arrcoc.encoder import TileEncoder
 from arrcoc.encoding import Encoding, thumbnail
 from arrcoc.errors import BudgetError
-from arrcoc.glimpse import GlimpseScorer, JointGlimpse
-from arrcoc.kv import Prefix
-from arrcoc.lod import LodEngine
+from arrcoc.judging import Judge, Judging
+from arrcoc.lod import BuiltEngines, LodEngine
+from arrcoc.prefetch import TilePrefetcher, likely_next
+from arrcoc.prefix_store import PrefixStore
+from arrcoc.prefixes import Prefix
 from arrcoc.qwen import QwenVL
 from arrcoc.records import (
     Features,
     Frame,
     Grid,
-    Layout,
     Lod,
     Plan,
     Query,
-    Relevance,
     Scores,
-    Tensions,
-    Texture,
     Tiles,
     VisionSequence,
 )
+from arrcoc.scene import Overviews, Scene
 from arrcoc.timing import StageTimer
-
-Judge = Callable[[Frame, Texture], Tensor]
-"""Relevance from elsewhere: a finite map fp32 [R, C] in [0, 1], on the texture's device."""
+from arrcoc.transfer import Arrival
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class Look:
 
     Attributes:
         encoding: its timings are not filled in yet.
-        prefix: the prompt up to the glimpse, where the scorer ran it and the plan's overview is the glimpse.
+        prefix: the prompt up to and with the overview, where it was run apart.
     """
 
     encoding: Encoding
@@ -63,6 +60,9 @@ class Pipeline:
         engines: Mapping[Lod, LodEngine],
         cache: TileCache,
         head: scorers.TextureHead | None,
+        prefixes: PrefixStore | None = None,
+        built: BuiltEngines | None = None,
+        ahead: TilePrefetcher | None = None,
     ) -> None:
         """Make a pipeline.
 
@@ -72,13 +72,18 @@ class Pipeline:
             engines: an engine for each LOD.
             cache: the tile cache.
             head: the learned texture head; None scores by the glimpse.
+            prefixes: where beginnings of prompts are kept; None keeps none.
+            built: a build that may hold what measures and scores frames.
+            ahead: encodes tiles of opened images ahead; None encodes none.
         """
+        self._ahead = ahead
         self._qwen, self._config, self._head = qwen, config, head
-        self._joint = JointGlimpse(qwen)
         assert all(engine.halo == config.halo for engine in engines.values()), "engines of another halo"
         self._encoder = TileEncoder(engines, cache, image.tile_pixels, image.hash_tiles, qwen.vision.token_px)
+        kept = PrefixStore(0, config.cache_half_life) if prefixes is None else prefixes
+        self._overviews = Overviews(qwen, config, self._encoder, kept)
+        self._judging = Judging(qwen, config, head, self._overviews, built)
 
-    @torch.inference_mode()
     def look(
         self,
         pixels: Tensor,
@@ -87,10 +92,57 @@ class Pipeline:
         timer: StageTimer,
         judge: Judge | None = None,
     ) -> Look:
-        """Encode an image for a question.
+        """Encode an image uint8 [3, h, w] for a question: `open`, then `look_at`."""
+        return self.look_at(self.open(pixels, timer), query, budget, timer, judge)
+
+    @torch.inference_mode()
+    def open(self, pixels: Tensor, timer: StageTimer, *, kept: bool = False) -> Scene:
+        """Bring an image onto the device as a frame of tiles.
 
         Args:
             pixels: uint8 [3, h, w].
+            timer: receives one stage per step.
+            kept: whether several questions will be asked about it.
+
+        Raises:
+            ImageError: the image is outside the limits.
+        """
+        with timer.stage("frame"):
+            frame = image.frame(pixels, self._config, self._qwen.vision.token_px, self._qwen.device)
+            scene = self._overviews.open(frame, kept=kept, scored=self._head is None)
+            scene.picture = Arrival(thumbnail(frame.pixels))
+            return scene
+
+    @torch.inference_mode()
+    def prepare(self, scene: Scene, budget: int | float | None, timer: StageTimer) -> None:
+        """Compute what all questions with this budget have in common.
+
+        Raises:
+            BudgetError: the budget is outside what the image allows.
+        """
+        config, grid = self._config, scene.frame.grid
+        tokens = allocation.resolve_budget(budget, grid, config)
+        prefix = self._judging.prepare(scene, tokens, timer)
+        with timer.stage("prefix"):
+            stride = allocation.overview_stride(grid, config, tokens)
+            answering = self._overviews.answering(scene, stride, prefix)
+            if answering is not None:
+                answering.complete(self._qwen)
+        self._overviews.remember(scene, [(1, prefix), (stride, answering)], 0.0)
+
+    @torch.inference_mode()
+    def look_at(
+        self,
+        scene: Scene,
+        query: Query,
+        budget: int | float | None,
+        timer: StageTimer,
+        judge: Judge | None = None,
+    ) -> Look:
+        """Encode an opened image for a question.
+
+        Args:
+            scene: the image.
             query: the question.
             budget: tokens, a share of full resolution, or None for the configured one.
             timer: receives one stage per step.
@@ -99,35 +151,31 @@ class Pipeline:
 
         Raises:
             BudgetError: the budget is outside what the image allows.
-            ImageError: the image is outside the limits.
         """
-        config = self._config
-        with timer.stage("frame"):
-            frame = image.frame(pixels, config, self._qwen.vision.token_px, self._qwen.device)
+        config, frame = self._config, scene.frame
         tokens = allocation.resolve_budget(budget, frame.grid, config)
-        with timer.stage("texture"):
-            maps = texture.extract(frame, config)
-        with timer.stage("glimpse"):
-            glimpse = self._glimpse(frame) if self._needs_glimpse(frame.grid, tokens, judge) else None
-        with timer.stage("score"):
-            if judge is None:
-                scores, prefix = self._score(maps, query, glimpse)
-            else:
-                scores, prefix = Scores(*[judge(frame, maps)] * 3), None
-        with timer.stage("balance"):
-            if judge is None:
-                relevance = opponent.balance(scores, config)
-            else:
-                relevance = Relevance(scores.participatory, Tensions(0.0, 0.0, 0.0))
+        if judge is None:
+            glimpse, prefix, judged = self._judging.judge(scene, query, tokens, timer)
+        else:
+            glimpse, prefix, judged = self._judging.judge_by(judge, scene, tokens, timer)
         with timer.stage("allocate"):
-            plan = allocation.plan(relevance, frame.grid, config, tokens)
+            plan = allocation.plan(judged.relevance, frame.grid, config, tokens)
         with timer.stage("encode"):
-            overview = glimpse if plan.overview_stride == 1 else self._overview(frame, plan)
+            answering = self._overviews.answering(scene, plan.overview_stride, prefix)
+            overview = self._overviews.kept(scene, plan.overview_stride, answering)
             tiles = self._encode(frame, plan, glimpse)
         with timer.stage("assemble"):
             laid_out = sequence.assemble(frame.grid, plan, overview, tiles, config.order)
-        made = self._record(frame, query, scores, plan, laid_out)
-        return Look(made, prefix if plan.overview_stride == 1 else None)
+        used = [(1, prefix), (plan.overview_stride, answering)]
+        self._overviews.remember(scene, used, float(plan.relevance.sum()))
+        if self._ahead is not None and self._ahead.enabled and scene.kept:
+            wanted = likely_next(plan, config.prefetch_tiles)
+            self._ahead.submit(partial(self._encoder.prefetch, frame, wanted, plan.relevance))
+        return Look(self._record(scene, query, judged.scores, plan, laid_out), answering)
+
+    def describe_plan_stage(self) -> str:
+        """How frames are measured and judged, in words."""
+        return self._judging.describe()
 
     def token_range(self, pixels: Tensor) -> tuple[int, int]:
         """The least and the most tokens that an image uint8 [3, h, w] can be encoded to."""
@@ -135,48 +183,11 @@ class Pipeline:
         tile = config.sides[3] * self._qwen.vision.token_px
         height, width = pixels.shape[1:]
         grid, _ = image.choose_grid(height, width, tile, config.max_tiles, config.max_distortion)
-        return allocation.least_tokens(grid, config), allocation.full_tokens(grid, config)
+        return self.token_range_of(grid)
 
-    def _needs_glimpse(self, grid: Grid, budget: int, judge: Judge | None) -> bool:
-        """Whether a scorer looks at the glimpse, or the answer may take tokens from it."""
-        if judge is None and self._head is None:
-            return True
-        config = self._config
-        return config.layout is Layout.REPLACE or allocation.overview_stride(grid, config, budget) == 1
-
-    def _overview(self, frame: Frame, plan: Plan) -> Features | None:
-        """What a plan keeps of the whole frame besides tiles, where it is coarser than the glimpse."""
-        if not plan.overview_stride:
-            return None
-        rows, cols = frame.grid.shape_in_tokens(plan.sides[0], plan.overview_stride)
-        edge = self._qwen.vision.token_px
-        return self._joint.encode_pixels(image.overview_pixels(frame, rows * edge, cols * edge))
-
-    def _glimpse(self, frame: Frame) -> Features:
-        if self._config.glimpse == "joint":
-            return self._joint.encode(frame)
-        everywhere = {Lod.BACKGROUND: torch.arange(frame.grid.count)}
-        # No relevance is known yet; a tile earns its place in the cache when a plan uses it.
-        (tiles,) = self._encoder.encode(frame, everywhere, torch.zeros(frame.grid.rows, frame.grid.cols))
-        return sequence.join_tiles(tiles.features, frame.grid, tiles.side)
-
-    def _score(self, maps: Texture, query: Query, glimpse: Features | None) -> tuple[Scores, Prefix | None]:
-        """The three scorers side by side; with the glimpse scorer also the prefix it computed."""
-        looking = self._head if self._head is not None else self._glimpse_scorer(glimpse, maps.grid)
-        judges = (scorers.propositional, scorers.perspectival, looking)
-        found = streams.parallel([partial(judge, maps, query) for judge in judges], self._qwen.device)
-        prefix = looking.prefix if isinstance(looking, GlimpseScorer) else None
-        if prefix is not None and self._qwen.device.type == "cuda":
-            # The prefix was made on the scorer's stream and lives on for the decoder, on this one.
-            for tensor in prefix.tensors():
-                tensor.record_stream(torch.cuda.current_stream(self._qwen.device))
-        return Scores(*found), prefix
-
-    def _glimpse_scorer(self, glimpse: Features | None, grid: Grid) -> GlimpseScorer:
-        assert glimpse is not None, "the glimpse scorer looks at the glimpse"
-        sides = self._config.sides
-        where = sequence.glimpse_positions(grid, sides[0], sides[3])
-        return GlimpseScorer(self._qwen, glimpse, where, sequence.extent(grid, sides[3]), grid, self._config)
+    def token_range_of(self, grid: Grid) -> tuple[int, int]:
+        """The least and the most tokens that a frame of this grid can be encoded to."""
+        return allocation.least_tokens(grid, self._config), allocation.full_tokens(grid, self._config)
 
     def _encode(self, frame: Frame, plan: Plan, glimpse: Features | None) -> list[Tiles]:
         """The tiles above LOD background through the engines; the others out of the glimpse."""
@@ -189,9 +200,10 @@ class Pipeline:
         return [sequence.background_tiles(frame.grid, plan, glimpse), *tiles]
 
     def _record(
-        self, frame: Frame, query: Query, scores: Scores, plan: Plan, laid_out: VisionSequence
+        self, scene: Scene, query: Query, scores: Scores, plan: Plan, laid_out: VisionSequence
     ) -> Encoding:
-        maps = (scores.propositional, scores.perspectival, scores.participatory)
+        frame = scene.frame
+        assert scene.picture is not None, "opened"
         return Encoding(
             tokens=laid_out.tokens,
             deepstack=laid_out.deepstack,
@@ -199,7 +211,7 @@ class Pipeline:
             segments=laid_out.segments,
             lod=plan.lod,
             relevance=plan.relevance,
-            scores=Scores(*(map_.cpu() for map_ in maps)),
+            scores=scores,
             tensions=plan.tensions,
             sides=plan.sides,
             layout=plan.layout,
@@ -210,7 +222,7 @@ class Pipeline:
             source_size=frame.source,
             frame_size=(frame.grid.height, frame.grid.width),
             distortion=frame.distortion,
-            picture=thumbnail(frame.pixels).cpu(),
+            picture=scene.picture.get(),
             fingerprint=self._qwen.fingerprint,
             timings={},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def build(
     text = [qwen.embed(run) for run in runs]
     images = [encoding.sequence for encoding in encodings]
     captions = [_captions(qwen, encoding) for encoding in encodings]
-    return sequence.prompt(text, images, captions), tuple(runs[0])
+    prompt = sequence.prompt(text, images, captions)
+    return replace(prompt, text_ids=tuple(token for run in runs for token in run)), tuple(runs[0])
 
 
 def _captions(qwen: QwenVL, encoding: Encoding) -> list[Tensor]:

@@ -92,7 +92,8 @@ class Frame:
         pixels: uint8 [3, R*tile, C*tile], RGB.
         background: uint8 [3, R*t0, C*t0], the frame at LOD background (t0 = background side in pixels).
         grid: the tile grid.
-        hashes: int64 [R*C, 4], content hash of each tile's pixels (128 bits, 32 to a word), raster order;
+        hashes: int64 [R*C, 4], content hash of each tile's pixels (128 bits, 32 to a word), raster order, on
+            the device or the host;
             [0, 4] where tiles are encoded with a halo, for they are told apart by more than their own pixels.
         source: height and width of the image after its EXIF orientation, in pixels.
         content: height and width of the part of the frame that shows the image; what lies below and
@@ -281,6 +282,7 @@ class Prompt:
         vision: bool [N], True where a vision token stands.
         deepstack: [L, n, D] planes of the vision tokens, in order.
         next_position: position of the first generated token.
+        text_ids: ids of the text's tokens, in order; empty where they are not known.
     """
 
     embeds: Tensor
@@ -288,3 +290,4 @@ class Prompt:
     vision: Tensor
     deepstack: Tensor
     next_position: float
+    text_ids: tuple[int, ...] = ()

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from arrcoc.records import Features, Grid, Layout, Lod, Plan, Prompt, Segment, Tiles, VisionSequence
+from arrcoc.transfer import to_device
 
 Order = Literal["raster", "tile"]
 
@@ -89,6 +90,8 @@ def refine(
         tokens = torch.cat((tokens, more_tokens))
         deepstack = torch.cat((deepstack, more_deepstack), dim=1)
         where = torch.cat((where, more_where), dim=1)
+    else:  # the overview may be shared
+        tokens, deepstack = tokens.clone(), deepstack.clone()
     return _one_segment(tokens, deepstack, where, grid, plan)
 
 
@@ -108,7 +111,7 @@ def crops(grid: Grid, plan: Plan, overview: Features, tiles: Sequence[Tiles]) ->
         where.append(tile_positions(torch.zeros(1, dtype=torch.long), 1, side, side)[:, 0])
         segments.append(Segment(count, count + side * side, float(side), caption(tile, grid.rows, grid.cols)))
         count += side * side
-    positions = _with_time(torch.cat(where, dim=1)).to(tokens[0].device)
+    positions = to_device(_with_time(torch.cat(where, dim=1)), tokens[0].device)
     return VisionSequence(torch.cat(tokens), torch.cat(deepstack, dim=1), positions, tuple(segments))
 
 
@@ -134,7 +137,7 @@ def background_tiles(grid: Grid, plan: Plan, glimpse: Features) -> Tiles:
     index = (plan.lod.flatten() == Lod.BACKGROUND).nonzero()[:, 0]
     tokens = _cut(glimpse.tokens[0], grid, side)
     planes = torch.stack([_cut(plane, grid, side) for plane in glimpse.deepstack[:, 0]])
-    chosen = index.to(tokens.device)
+    chosen = to_device(index, tokens.device)
     return Tiles(Lod.BACKGROUND, side, index, Features(tokens[chosen], planes[:, chosen]))
 
 
@@ -209,7 +212,7 @@ def _flatten(tiles: Sequence[Tiles], cols: int, high: int, order: Order) -> tupl
     permutation = owner.argsort(stable=True) if order == "tile" else _raster_permutation(positions)
     tokens = torch.cat([t.features.tokens.flatten(0, 1) for t in tiles])
     deepstack = torch.cat([t.features.deepstack.flatten(1, 2) for t in tiles], dim=1)
-    chosen = permutation.to(tokens.device)
+    chosen = to_device(permutation, tokens.device)
     return tokens[chosen], deepstack[:, chosen], positions[:, permutation]
 
 
@@ -225,7 +228,7 @@ def _in_raster_order(tiles: Sequence[Tiles]) -> list[tuple[int, Tiles, int]]:
 
 def _one_segment(tokens: Tensor, deepstack: Tensor, where: Tensor, grid: Grid, plan: Plan) -> VisionSequence:
     whole = Segment(0, tokens.shape[0], extent(grid, plan.sides[3]), "")
-    return VisionSequence(tokens, deepstack, _with_time(where).to(tokens.device), (whole,))
+    return VisionSequence(tokens, deepstack, to_device(_with_time(where), tokens.device), (whole,))
 
 
 def extent(grid: Grid, high: int) -> float:

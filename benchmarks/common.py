@@ -42,9 +42,16 @@ def facts(script: str, arguments: Sequence[str], device: torch.device) -> dict[s
         "uncommitted_changes": dirty,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        | {name: found for name in _PACKAGES if (found := _version(name))},
         "device": device_name(device),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def revision() -> tuple[str | None, bool | None]:

@@ -15,7 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bytes_tables import first_token_table, preprocess_cpu, preprocess_gpu
+from cache_tables import conversation_table, screenshots_table, soak_table
 from common import RESULTS, ROOT, markdown_table, progress
+from decode_views import decode_accuracy_table, decode_table, prefill_table
+from engine_tables import builds_table, tensorrt86_errors, tensorrt86_times
 from judgements import (
     ablation_table,
     accuracy_families,
@@ -26,10 +30,11 @@ from judgements import (
     relevance_table,
     tension_table,
 )
+from plan_stage_views import plan_stage_glimpse_table, plan_stage_table
 
 from arrcoc import config as configs
 
-PAGES = ("README.md", "docs/architecture.md", "docs/decisions.md", "docs/relevance.md")
+PAGES = ("README.md", "docs/architecture.md", "docs/decisions.md", "docs/engines.md", "docs/relevance.md")
 """Files whose marked tables are kept."""
 
 TOKEN_PX = 32
@@ -122,9 +127,27 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "results:recall-families": _measured(
         "relevance.json", lambda r: relevance_families(r, "recall_at_targets")
     ),
+    "results:plan-stage": _measured("plan_stage.json", plan_stage_table),
+    "results:plan-stage-glimpse": _measured("plan_stage.json", plan_stage_glimpse_table),
+    "results:decode": _measured("decode.json", decode_table),
+    "results:decode-prefill": _measured("decode_prefill.json", prefill_table),
+    "results:decode-accuracy": _measured("decode_accuracy.json", decode_accuracy_table),
+    "results:engine-builds": _measured("engine_builds.json", builds_table),
+    "results:tensorrt86-bundled": _measured(
+        "tensorrt86.json", lambda result: tensorrt86_times(result, "bundled")
+    ),
+    "results:tensorrt86-2b": _measured("tensorrt86.json", lambda result: tensorrt86_times(result, "2b")),
+    "results:tensorrt86-errors": _measured("tensorrt86.json", tensorrt86_errors),
     "results:tensions": _measured("tensions.json", tension_table),
     "results:tensions-ablation": _measured("tensions.json", ablation_table),
     **{f"results:decisions-{name}": _decided(name) for name in CHOICES},
+    "results:preprocess-cpu": _measured("preprocess.json", preprocess_cpu),
+    "results:preprocess-gpu": _measured("preprocess_cuda.json", preprocess_gpu),
+    "results:ttft-8b": _measured("ttft.json", lambda result: first_token_table(result, "8b")),
+    "results:ttft-2b": _measured("ttft.json", lambda result: first_token_table(result, "2b")),
+    "results:screenshots": _measured("screenshots.json", screenshots_table),
+    "results:conversation": _measured("conversation.json", conversation_table),
+    "results:soak": _measured("soak.json", soak_table),
     "configs:presets": lambda _: presets(),
 }
 

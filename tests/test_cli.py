@@ -107,6 +107,24 @@ def test_ask_prints_the_answer_and_nothing_else_on_stdout(picture: Path, tiny: l
     assert f"{expected.encoding.n_tokens} of {expected.encoding.full_tokens} tokens" in result.stderr
 
 
+@pytest.mark.parametrize("conversation", [False, True])
+def test_several_questions_are_answered_in_one_session(
+    picture: Path, tiny: list[str], conversation: bool
+) -> None:
+    questions, options = (QUESTION, "Is she smiling?"), ("--max-new-tokens", 4, "--budget", "50%")
+    more = ["--conversation"] if conversation else []
+    result = call("ask", picture, *questions, *tiny, *options, *more)
+    engine = arrcoc.Engine.from_pretrained(tiny[1], device="cpu")
+    with engine.open(picture, 0.5, conversation=conversation) as session:
+        expected = [session.ask(question, max_new_tokens=4).text for question in questions]
+    assert result.stdout == "".join(f"{text}\n" for text in expected)
+    assert result.stderr.count("tokens (") == 2
+    told = json.loads(call("ask", picture, *questions, *tiny, *options, *more, "--json").stdout)
+    assert [answer["answer"] for answer in told["answers"]] == expected
+    assert [answer["question"] for answer in told["answers"]] == list(questions)
+    assert told["engine"]["device"].startswith("cpu")
+
+
 def test_streamed_answer_is_the_same(picture: Path, tiny: list[str]) -> None:
     options = (*tiny, "--max-new-tokens", 6)
     whole, pieces = (call("ask", picture, QUESTION, *options, *more) for more in ((), ("--stream",)))
@@ -177,6 +195,7 @@ def refuse_work(*_: object, **__: object) -> None:
         (["ask", "IMAGE", "q", "--plot", "seen.jpg"], "'seen.jpg' does not end in .png"),
         (["ask", "IMAGE", "q", "--layout", "spiral"], "'spiral' is not one of replace"),
         (["ask", "IMAGE", "q", "--json", "--stream"], "exclude one another"),
+        (["ask", "IMAGE", "q", "r", "--plot", "seen.png"], "--plot draws one question"),
         (["ask", "IMAGE", "q", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["ask", "IMAGE"], "QUESTION"),
         (["encode", "IMAGE", "q"], "--out"),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arrcoc.kv import KvCache, Prefix
+from arrcoc.kv import KvCache
 
 
 def piece(start: int, count: int) -> torch.Tensor:
@@ -78,12 +78,24 @@ def test_holds_what_a_list_would(steps, capacity):
         model = model[:keep]
 
 
-def test_a_prefix_knows_where_its_image_lies():
-    cache = KvCache(1, capacity=5)
-    append(cache, 0, 0, 5)
-    hidden, norms = torch.zeros(1, 5, 4), {0: torch.ones(3)}
-    prefix = Prefix((7, 8), cache, hidden, torch.zeros(3, 5), torch.zeros(1, 3, 4), 1, norms, 6.0)
-    assert prefix.length == 5
-    assert prefix.image == slice(2, 5)
-    assert prefix.vision.tolist() == [2, 3, 4]
-    assert len(prefix.tensors()) == 6  # hidden, positions, deepstack, one norm, keys, values
+def test_all_layers_lie_in_one_block():
+    cache = KvCache(3, capacity=8, first=1)
+    for layer in (1, 2):
+        append(cache, layer, 10 * layer, 3)
+    block = cache.block(2)
+    assert block.shape == (2, 2, 2, 2, 3)  # layers, keys and values, heads, positions, width
+    assert block[1, :, 1, :, 0].tolist() == [[20, 21], [-20, -21]]
+    assert held(cache.keys(2)) == [20, 21, 22]
+    assert held(-cache.values(2)) == [20, 21, 22]
+    with pytest.raises(AssertionError):
+        cache.block(4)
+
+
+def test_a_filled_buffer_becomes_a_cache():
+    buffer = torch.full((2, 2, 2, 5, 3), 7.0)
+    cache = KvCache.holding(buffer, 2)
+    keys, values = append(cache, 1, 40, 1)
+    assert held(keys) == [7, 7, 40]
+    assert held(values) == [7, 7, -40]
+    assert (cache.length(0), cache.length(1)) == (2, 3)
+    assert buffer[1, 0, 0, 2, 0] == 40, "without a copy"

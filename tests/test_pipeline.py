@@ -14,8 +14,9 @@ from arrcoc.encoder import TileEncoder
 from arrcoc.engine import Engine
 from arrcoc.errors import BudgetError
 from arrcoc.glimpse import JointGlimpse
+from arrcoc.judging import Judge
 from arrcoc.lod import TorchLodEngine
-from arrcoc.pipeline import Judge, Look, Pipeline, divide_budget
+from arrcoc.pipeline import Look, Pipeline, divide_budget
 from arrcoc.records import Features, Frame, Lod, Plan, Texture
 from arrcoc.scorers import TextureHead
 from arrcoc.timing import StageTimer

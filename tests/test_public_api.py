@@ -30,6 +30,8 @@ ENGINE: dict[str, list[tuple[str, Any]]] = {
         *(("messages", EMPTY), ("budget", None)),
         *(("max_new_tokens", None), ("temperature", 0.0), ("**sampling", EMPTY)),
     ],
+    "open": [("image", EMPTY), ("budget", None), ("conversation", False)],
+    "prefix_stats": [],
     "describe": [],
     "cache_stats": [],
     "evict_low_relevance": [("threshold", EMPTY)],

@@ -11,6 +11,7 @@ import typer
 import arrcoc
 from arrcoc.cli.options import (
     Budget,
+    Conversation,
     Debug,
     Device,
     Dtype,
@@ -24,15 +25,20 @@ from arrcoc.cli.options import (
     Plot,
     Preset,
     QuestionArg,
+    QuestionsArg,
     Seed,
     Stream,
     Temperature,
+    WarmUp,
 )
 from arrcoc.cli.root import app
-from arrcoc.console import facts_table, quiet_transformers, reporting, stdout, working
+from arrcoc.console import facts_table, phases, quiet_transformers, reporting, stdout, working
 from arrcoc.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from arrcoc.answer import Answer, AnswerStream
     from arrcoc.encoding import Encoding
     from arrcoc.engine import Engine
 
@@ -41,8 +47,9 @@ if TYPE_CHECKING:
 def ask(
     ctx: typer.Context,
     image: ImageArg,
-    question: QuestionArg,
+    questions: QuestionsArg,
     budget: Budget = None,
+    conversation: Conversation = False,
     model: Model = None,
     preset: Preset = "auto",
     device: Device = "auto",
@@ -57,26 +64,62 @@ def ask(
     stream: Stream = False,
     debug: Debug = False,
 ) -> None:
-    """Answer a question about an image. The answer goes to stdout, what it cost to stderr."""
+    """Answer questions about an image. Answers go to stdout, what they cost to stderr."""
     if json and stream:
         raise typer.BadParameter("--json and --stream exclude one another")
+    if plot is not None and len(questions) > 1:
+        raise typer.BadParameter("--plot draws one question")
     with reporting(debug or ctx.obj):
         source = _image_source(image)
         engine = _load(model, preset, device, dtype, engines, layout)
-        with working("looking at the image"):
-            pieces = engine.stream(source, question, budget, max_new_tokens, temperature, seed=seed)
-            text = "" if stream else "".join(pieces)
-        for piece in pieces:
-            typer.echo(piece, nl=False)
-            sys.stdout.flush()
-        assert pieces.answer is not None, "the stream has ended"
-        encoding = pieces.answer.encoding
-        assert encoding is not None, "an answer about an image"
-        _draw(encoding, plot)
+        how = (max_new_tokens, temperature, seed)
+        streams, answers = _streams(engine, source, questions, budget, conversation, how), []
+        for _ in questions:
+            with working("looking at the image"):
+                pieces = next(streams)
+                text = "" if stream else "".join(pieces)
+            for piece in pieces:
+                typer.echo(piece, nl=False)
+                sys.stdout.flush()
+            assert pieces.answer is not None, "the stream has ended"
+            answers.append(pieces.answer)
+            if not json:
+                _tell(text, _encoding(pieces.answer), pieces.answer.timings)
+        _draw(_encoding(answers[-1]), plot)
+        if json:
+            _tell_json(engine, answers, plot)
 
-        from arrcoc.report import answer_facts
 
-        _finish(engine, answer_facts(pieces.answer), {"plot": plot}, text, encoding, json)
+def _streams(
+    engine: Engine,
+    source: str | bytes,
+    questions: list[str],
+    budget: float | None,
+    conversation: bool,
+    how: tuple[int | None, float, int | None],
+) -> Iterator[AnswerStream]:
+    """The answer to each question in turn; several are asked in one session."""
+    most, temperature, seed = how
+    if len(questions) == 1:
+        yield engine.stream(source, questions[0], budget, most, temperature, seed=seed)
+        return
+    with engine.open(source, budget, conversation=conversation) as session:
+        for question in questions:
+            yield session.stream(question, None, most, temperature, seed=seed)
+
+
+def _encoding(answer: Answer) -> Encoding:
+    assert answer.encoding is not None, "an answer about an image"
+    return answer.encoding
+
+
+def _tell_json(engine: Engine, answers: list[Answer], plot: Path | None) -> None:
+    """One document: of one answer its facts, of several a list of them."""
+    from arrcoc.report import answer_facts, engine_facts, to_json
+
+    facts = [answer_facts(answer) for answer in answers]
+    said = facts[0] | {"plot": None if plot is None else str(plot)} if len(facts) == 1 else {"answers": facts}
+    typer.echo(to_json(said | {"engine": engine_facts(engine.describe())}))
 
 
 @app.command()
@@ -105,9 +148,14 @@ def encode(
             encoding.save(out)
         _draw(encoding, plot)
 
-        from arrcoc.report import encoding_facts
+        from arrcoc.report import encoding_facts, engine_facts, to_json
 
-        _finish(engine, encoding_facts(encoding), {"out": out, "plot": plot}, str(out), encoding, json)
+        if json:
+            files = {"out": str(out), "plot": None if plot is None else str(plot)}
+            facts = encoding_facts(encoding) | files | {"engine": engine_facts(engine.describe())}
+            typer.echo(to_json(facts))
+        else:
+            _tell(str(out), encoding, encoding.timings)
 
 
 @app.command()
@@ -118,12 +166,17 @@ def describe(
     device: Device = "auto",
     dtype: Dtype = "auto",
     engines: Engines = None,
+    warm_up: WarmUp = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what runs where: model, presets, backends, precision, cache, versions."""
     with reporting(debug or ctx.obj):
-        description = _load(model, preset, device, dtype, engines, None).describe()
+        engine = _load(model, preset, device, dtype, engines, None)
+        if warm_up:
+            with phases() as progress:
+                engine.warm_up(progress)
+        description = engine.describe()
         if json:
             from arrcoc.report import to_json
 
@@ -157,21 +210,9 @@ def _draw(encoding: Encoding, path: Path | None) -> None:
             encoding.plot(path)
 
 
-def _finish(
-    engine: Engine,
-    facts: dict[str, Any],
-    files: dict[str, Path | None],
-    text: str,
-    encoding: Encoding,
-    json: bool,
-) -> None:
-    """The result on stdout, as JSON or as text; what it cost on stderr."""
-    from arrcoc.report import engine_facts, to_json, tokens_line
+def _tell(text: str, encoding: Encoding, timings: dict[str, float]) -> None:
+    """The result on stdout; what it cost on stderr."""
+    from arrcoc.report import tokens_line
 
-    if json:
-        written = {name: None if path is None else str(path) for name, path in files.items()}
-        typer.echo(to_json(facts | written | {"engine": engine_facts(engine.describe())}))
-        return
     typer.echo(text)
-    milliseconds = facts["timings_ms"]["total"]
-    typer.echo(f"{tokens_line(encoding)}, {milliseconds / 1e3:.2f} s", err=True)
+    typer.echo(f"{tokens_line(encoding)}, {timings['total'] / 1e3:.2f} s", err=True)

@@ -58,6 +58,12 @@ def budget_list(text: str) -> str:
 
 ImageArg = Annotated[str, typer.Argument(metavar="IMAGE", help="Image file; - reads it from stdin.")]
 QuestionArg = Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")]
+QuestionsArg = Annotated[
+    list[str], typer.Argument(metavar="QUESTION...", help="What to ask about it; several share the work.")
+]
+Conversation = Annotated[
+    bool, typer.Option("--conversation", help="Each question is a turn: earlier ones and answers are kept.")
+]
 # An int is a float to mypy, while typer takes no unions.
 Budget = Annotated[
     float | None,
@@ -82,6 +88,9 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest
 Seed = Annotated[int | None, typer.Option(help="Of the sampling, to repeat it.")]
 Plot = Annotated[
     Path | None, typer.Option(callback=_plot_path, metavar="OUT.png", help="Draw where it looked, and why.")
+]
+WarmUp = Annotated[
+    bool, typer.Option("--warm-up", help="First compile kernels, for this and later processes.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")]
 Stream = Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")]
