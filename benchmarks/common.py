@@ -57,14 +57,16 @@ def _version(package: str) -> str | None:
 def revision() -> tuple[str | None, bool | None]:
     """Commit of the checkout and whether it has changes; (None, None) outside a git checkout.
 
-    On a machine that received a clean export without its history, `ARRCOC_COMMIT` names the commit.
+    `ARRCOC_COMMIT` names the commit on a machine that received clean files without the history they belong to.
     """
+    exported = os.environ.get("ARRCOC_COMMIT")
+    if exported:
+        return exported, False
     try:
         commit = _git("rev-parse", "HEAD")
         return commit, bool(_git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
-        exported = os.environ.get("ARRCOC_COMMIT")
-        return exported, None if exported is None else False
+        return None, None
 
 
 def device_name(device: torch.device) -> str:

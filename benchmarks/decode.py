@@ -326,7 +326,10 @@ def sweep(qwen: QwenVL, state: GraphedState, decoder: GraphedDecoder) -> dict[st
     usual = blocking_for(qwen.text)
     tried = {shape: make(usual) for shape, make in SHAPED.items()}
     for shape in ("usual", "rows of one load"):
-        tried |= {f"{shape}, {name}": fetching(tried[shape], *ahead) for name, ahead in FETCHED.items()}
+        for name, (products, pieces, keys) in FETCHED.items():
+            if shape == "usual" or pieces:
+                tried[f"{shape}, {name}"] = fetching(tried[shape], products, pieces, keys)
+    tried = {name: b for name, b in tried.items() if b not in list(tried.values())[: list(tried).index(name)]}
     compile_all(qwen, state, list(tried.values()))
     times: dict[str, Any] = {}
     for name, blocking in tried.items():

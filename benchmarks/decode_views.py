@@ -8,6 +8,7 @@ from typing import Any
 from common import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 _STEPS = {
     "eager_ms": "transformers' layers",
@@ -68,25 +69,29 @@ def draw(result: Mapping[str, Any]) -> Figure:
     for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
         _panel(axes, result[shape])
         axes.set_title(f"{shape.upper()}, {result['device']}", loc="left", color=_INK)
-    title = f"milliseconds of a decode step at {result['context']:,} positions (logarithmic)"
+    title = f"milliseconds of a decode step at {result['context']:,} positions"
     figure.supxlabel(title, fontsize=10, color=_INK)
+    line = Line2D([], [], color=_FLOOR, linewidth=2.5, label="reading the weights once")
+    figure.legend(handles=[line], loc="outside upper right", frameon=False, fontsize=9)
     return figure
 
 
 def _panel(axes: Axes, found: Mapping[str, Any]) -> None:
     steps = _steps(found)[::-1]
+    end = 1.25 * found["step"]["layers_in_graph_ms"]  # the eager step goes far beyond
     for row, (name, ms, part) in enumerate(steps):
-        axes.barh(row, ms, color=_THEIRS if name.startswith("transformers") else _OURS, height=0.7)
+        axes.barh(row, min(ms, end), color=_THEIRS if name.startswith("transformers") else _OURS, height=0.7)
         axes.plot([part["floor_ms"]] * 2, [row - 0.42, row + 0.42], color=_FLOOR, linewidth=2.5)
+        text, at, colour, side = f"{ms:.2f}", ms, _INK, "left"
+        if ms > end:
+            text, at, colour, side = f"{ms:.1f}, beyond the picture", end, "white", "right"
+        shift = (4 if side == "left" else -4, 0)
         axes.annotate(
-            f"{ms:.2f}", (ms, row), (4, 0), textcoords="offset points", va="center", fontsize=9, color=_INK
+            text, (at, row), shift, textcoords="offset points", va="center", ha=side, fontsize=9, color=colour
         )
-    axes.set_xscale("log")
-    axes.set_xlim(min(part["floor_ms"] for *_, part in steps) / 2, max(ms for _, ms, _ in steps) * 2)
+    axes.set_xlim(0, end)
     axes.set_yticks(range(len(steps)), [name for name, *_ in steps])
     axes.spines[["top", "right"]].set_visible(False)
-    axes.plot([], [], color=_FLOOR, linewidth=2.5, label="reading the weights once")
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
 
 
 def _shapes(result: Mapping[str, Any]) -> list[str]:

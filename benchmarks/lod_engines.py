@@ -4,15 +4,17 @@ Vision towers of published sizes with random weights of unit scale, made on the 
 exact count of floating-point operations of the matrix products over the peak that products of 8192 x 8192
 matrices of random data reach in the same run, in a short burst; what they reach for as long as the mix takes,
 when power limits the clocks, is kept beside it. Times are of whole calls of an engine: from uint8 tiles to
-features that the caller owns. The last section, torch.compile, stops when `--limit` seconds are over.
+features that the caller owns. The first size gets all sections, the others the mix and the photo, if there
+is time: nothing that can be left out begins when it is not likely to end within `--limit` seconds.
 
-    python benchmarks/lod_engines.py [--shapes 8b 2b] [--sections peak mix …] [--limit 150]
+    python benchmarks/lod_engines.py [--shapes 8b 2b] [--sections mix small …] [--limit 120]
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, facts, progress, write_result
+from lod_engines_accuracy import bundled_accuracy, relative_errors
 from random_qwen import SIZES
 from torch import Tensor
 from transformers import Qwen3VLConfig
@@ -32,16 +35,13 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from arrcoc import allocation, image
 from arrcoc import config as configs
-from arrcoc.demo.bundled import bundled_checkpoint
-from arrcoc.errors import EngineBuildError
 from arrcoc.lod import LodEngine, TorchLodEngine, float8
 from arrcoc.lod.attention import fastest_blocks
 from arrcoc.lod.fused_tower import FusedTower
 from arrcoc.lod.graphed import GraphedLodEngine, Workspace
-from arrcoc.lod.torch_engines import TorchEngines
 from arrcoc.lod.tower import StaticTower, geometry
-from arrcoc.qwen import load, vision_weights
-from arrcoc.records import Features, Lod, Relevance, Tensions
+from arrcoc.qwen import vision_weights
+from arrcoc.records import Lod, Relevance, Tensions
 from arrcoc.vision import VisionWeights, patchify
 
 START = perf_counter()
@@ -54,6 +54,8 @@ PHOTO_PX = 3584
 STOCK_PX = 3584
 FRAME_PX = 8960
 WAYS = ("eager", "fused", "float8")
+_COMPILATION, _OTHER_SIZE = 25.0, 15.0
+"""Seconds that a first compilation, and the sections of another size, are expected to take."""
 
 
 @dataclass(frozen=True)
@@ -174,16 +176,6 @@ def matrix_peak(products: int = BURST) -> float:
             torch.mm(a, b, out=out)
 
     return products * 2 * 8192**3 / (timed(run, 7 if products == BURST else 3) / 1e3)
-
-
-def relative_errors(have: Features, want: Features) -> dict[str, float]:
-    """Norm of the difference over the norm of what is wanted, of tokens and of the worst plane."""
-
-    def error(a: Tensor, b: Tensor) -> float:
-        return round(float((a.float() - b.float()).norm() / b.float().norm()), 5)
-
-    planes = zip(have.deepstack, want.deepstack, strict=True)
-    return {"tokens": error(have.tokens, want.tokens), "planes": max(error(a, b) for a, b in planes)}
 
 
 # Sections; each takes the bench and returns what is kept of it.
@@ -308,82 +300,27 @@ def photo(bench: Bench) -> dict[str, Any]:
 
 def compiled(bench: Bench, limit: float) -> dict[str, Any]:
     """torch.compile of the eager tower, static shapes, default mode, while there is time."""
-    tower = StaticTower(bench.weights)
+    tower, took = StaticTower(bench.weights), _COMPILATION
     found: dict[str, Any] = {"compile_s": {}}
-    for side, count in sorted(MIX, key=lambda case: case[0] != 8):
-        if perf_counter() - START > limit - 25:
-            found["stopped"] = f"after {limit:g} s"
+    for side, count in (MIX[2], MIX[0], MIX[1], MIX[3]):
+        if perf_counter() - START + took > limit:
+            found["stopped"] = f"after {perf_counter() - START:.0f} s"
             break
         torch._dynamo.reset()
         run = torch.compile(tower, dynamic=False)
         shape, pixels = geometry(bench.weights, side, side), tiles_of(side, count)
         begin = perf_counter()
-        with torch.inference_mode():
 
-            def call(shape: Any = shape, pixels: Tensor = pixels, run: Any = run) -> None:
-                run(patchify(pixels, bench.weights, torch.bfloat16), *shape)
+        def call(shape: Any = shape, pixels: Tensor = pixels, run: Any = run) -> None:
+            run(patchify(pixels, bench.weights, torch.bfloat16), *shape)
 
-            call()
-            torch.cuda.synchronize()
-            found["compile_s"][str(side * side)] = round(perf_counter() - begin, 1)
-            found[str(side * side)] = timed(call, bench.repeats)
-        progress(f"  compiled {count} x {side * side}: {found[str(side * side)]} ms, {clock()}")
+        call()
+        torch.cuda.synchronize()
+        took = perf_counter() - begin
+        found["compile_s"][str(side * side)] = round(took, 1)
+        found[str(side * side)] = timed(call, bench.repeats)
+        progress(f"  compiled {count} x {side * side}: {found[str(side * side)]} ms, {took:.1f} s {clock()}")
     return found
-
-
-def accuracy() -> dict[str, Any]:
-    """The bundled checkpoint: errors against fp32, and answers on sixty held-out cases."""
-    from arrcoc.demo.placards import FAMILIES, sample
-
-    folder, _ = bundled_checkpoint()
-    device = torch.device("cuda")
-    exact, fast = load(folder, device, torch.float32), load(folder, device, torch.bfloat16)
-    drawn = [(f, i, sample(2026, i, "test", 1024, [f])) for f in FAMILIES for i in range(10)]
-    tiles = torch.cat([_cut(d.image, 128) for _, _, d in drawn[::10]]).to(device)
-    want = TorchLodEngine(exact, 4, (64,)).encode(tiles)
-    engines = {"eager": TorchLodEngine(fast, 4, (64,)), "fused": TorchEngines(fast).engine(4, (64,), 0)}
-    found: dict[str, Any] = {"tiles": len(tiles)}
-    try:
-        engines["float8"] = TorchEngines(fast, precision="float8").engine(4, (64,), 0)
-    except EngineBuildError as error:
-        found["float8_refused"] = str(error)
-    outputs = {way: engine.encode(tiles) for way, engine in engines.items()}
-    found["error_against_fp32"] = {way: relative_errors(out, want) for way, out in outputs.items()}
-    found["error_against_bf16"] = {
-        way: relative_errors(out, outputs["eager"]) for way, out in outputs.items() if way != "eager"
-    }
-    progress(f"  bundled checkpoint: {found} {clock()}")
-    choices = {"eager": {"lod_engine": "eager"}, "fused": {}, "float8": {"lod_precision": "float8"}}
-    found["right_of_60"] = {way: _right(drawn, choices[way]) for way in engines}
-    return found
-
-
-def _cut(picture: Any, edge: int) -> Tensor:
-    """Tiles of an image [h, w, 3]: uint8 [K, 3, edge, edge]."""
-    planes = torch.from_numpy(picture).permute(2, 0, 1)
-    return (
-        planes.unfold(1, edge, edge).unfold(2, edge, edge).permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous()
-    )
-
-
-def _right(drawn: Sequence[Any], overrides: dict[str, Any]) -> dict[str, int]:
-    """Right answers at 1024 tokens (all) and at 128."""
-    from arrcoc.evaluation.methods import METHODS, Lab
-    from arrcoc.evaluation.metrics import exact_match
-    from arrcoc.evaluation.records import Case, Picture
-
-    lab = Lab.open(None, "demo", "cuda", "bfloat16", 12, 0, **overrides)
-    right = {}
-    for budget in (1024, 128):
-        marks = []
-        for family, index, case in drawn:
-            pixels = torch.from_numpy(case.image).permute(2, 0, 1).contiguous()
-            picture = Picture(Case(str(index), family, pixels, case.question, (case.answer,)), pixels)
-            marks.append(exact_match(METHODS["arrcoc"](lab, picture, budget).text, (case.answer,)))
-        right[str(budget)] = int(sum(marks))
-    engines = lab.engine.describe()["lod_engines"]
-    progress(f"  {overrides or 'fused'}: right {right} of {len(drawn)}, {engines} {clock()}")
-    return right
 
 
 def report(found: dict[str, Any], bench: Bench) -> None:
@@ -402,34 +339,34 @@ def clock() -> str:
     return f"[{perf_counter() - START:.0f} s]"
 
 
-SECTIONS = {"mix": mix, "small": small, "all_high": all_high, "stock": stock, "stock_frame": stock_frame,
-            "photo": photo}  # fmt: skip
-EVERY = ("mix", "small", "all_high", "stock", "stock_frame", "photo", "accuracy", "compiled")
+SECTIONS = {"mix": mix, "small": small, "stock": stock, "photo": photo, "all_high": all_high,
+            "stock_frame": stock_frame}  # fmt: skip
+"""By name, what matters most first."""
+EVERY = (*SECTIONS, "accuracy", "compiled")
+OTHERS = ("mix", "photo")
+"""Sections of sizes after the first."""
 
 
-def measure(
-    name: str, sections: Sequence[str], repeats: int, keep: Callable[[], None], into: dict[str, Any]
-) -> Bench:
-    """All sections of one size; what fails is kept as its error, and the next goes on."""
+def prepared(name: str, repeats: int) -> tuple[Bench, dict[str, Any]]:
+    """A size's towers, and the peaks to hold them against."""
+    script, size = Path(__file__).with_name("lod_engines_kernels.py"), SIZES[name]
+    compiler = subprocess.Popen([sys.executable, script, str(size.vision_width), str(size.vision_mlp)])
     visual = make_visual(name)
     weights = weights_of(visual)
     peaks = float8.input_peaks(weights, tiles_of(8, 16))
     towers = {"fused": FusedTower(weights), "float8": FusedTower(weights, float8.converter(peaks=peaks))}
-    peak = matrix_peak()
-    progress(f"{name}: peak {peak / 1e12:.1f} TFLOP/s {clock()}")
-    bench = Bench(name, visual, weights, towers, Workspace(torch.device("cuda")), repeats, peak)
-    sustained = matrix_peak(SUSTAINED)
-    progress(f"{name}: {SUSTAINED} products in a row {sustained / 1e12:.1f} TFLOP/s {clock()}")
-    into |= {"peak_tflops": round(peak / 1e12, 2), "sustained_tflops": round(sustained / 1e12, 2)}
-    for section in sections:
-        if section in SECTIONS:
-            attempt(section, partial(SECTIONS[section], bench), into)
-            keep()
-    return bench
+    torch.cuda.synchronize()
+    progress(f"{name}: weights {clock()}")
+    compiler.wait()
+    progress(f"{name}: kernels {clock()}")
+    peak, sustained = matrix_peak(), matrix_peak(SUSTAINED)
+    progress(f"{name}: peak {peak / 1e12:.1f}, in a row {sustained / 1e12:.1f} TFLOP/s {clock()}")
+    found = {"peak_tflops": round(peak / 1e12, 2), "sustained_tflops": round(sustained / 1e12, 2)}
+    return Bench(name, visual, weights, towers, Workspace(torch.device("cuda")), repeats, peak), found
 
 
 def attempt(section: str, run: Callable[[], dict[str, Any]], into: dict[str, Any]) -> None:
-    """Run a section and keep what it found, or its error."""
+    """Run a section and keep what it found, or its error: the next one goes on."""
     progress(f"{section} {clock()}")
     try:
         with torch.inference_mode():
@@ -439,6 +376,19 @@ def attempt(section: str, run: Callable[[], dict[str, Any]], into: dict[str, Any
         into[section] = {"failed": f"{type(error).__name__}: {error}"[:400]}
 
 
+def measure(name: str, chosen: argparse.Namespace, result: dict[str, Any], others: bool) -> None:
+    """The sections of one size, which is the first or one of the others; written after each."""
+    bench, into = prepared(name, chosen.repeats)
+    result["shapes"][name] = into
+    runs = {section: partial(run, bench) for section, run in SECTIONS.items()}
+    runs["accuracy"] = partial(bundled_accuracy, torch.device("cuda"))
+    runs["compiled"] = partial(compiled, bench, chosen.limit)
+    for section, run in runs.items():
+        if section in (OTHERS if others else EVERY) and section in chosen.sections:
+            attempt(section, run, result if section == "accuracy" else into)
+            write_result(chosen.out, result)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measure, and write the result after each section."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -446,29 +396,18 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--shapes", nargs="+", choices=sorted(SIZES), default=["8b", "2b"])
     parser.add_argument("--sections", nargs="+", choices=EVERY, default=list(EVERY))
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--limit", type=float, default=150.0, help="compile nothing after so many seconds")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for all that can be left out")
     parser.add_argument("--out", type=Path, default=RESULTS / "lod_engines.json")
     chosen = parser.parse_args(arguments)
     result = facts("benchmarks/lod_engines.py", arguments, torch.device("cuda"))
     result |= {"dtype": "bfloat16", "repeats": chosen.repeats, "shapes": {}}
-
-    def keep() -> None:
-        write_result(chosen.out, result)
-
-    benches = {}
-    for name in chosen.shapes:
-        into = result["shapes"].setdefault(name, {})
-        benches[name] = measure(name, chosen.sections, chosen.repeats, keep, into)
-    if "accuracy" in chosen.sections:
-        attempt("accuracy", accuracy, result)
-        keep()
-    if "compiled" in chosen.sections:
-        name = chosen.shapes[0]
-        attempt("compiled", partial(compiled, benches[name], chosen.limit), result["shapes"][name])
+    for number, name in enumerate(chosen.shapes):
+        if number == 0 or perf_counter() - START + _OTHER_SIZE < chosen.limit:
+            measure(name, chosen, result, others=number > 0)
     peak = matrix_peak()
     progress(f"peak again {peak / 1e12:.1f} TFLOP/s {clock()}")
     result["peak_tflops_at_the_end"] = round(peak / 1e12, 2)
-    keep()
+    write_result(chosen.out, result)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 WAYS = ("eager", "compiled", "fused", "float8", "floor")
 """In the order of the bars: stock layers, torch.compile, fused kernels in CUDA graphs, float8, the floor."""
+_MEASURED = ("eager", "fused", "float8")
 _COLOURS = {
     "eager": "#999999", "compiled": "#e69f00", "fused": "#0072b2", "float8": "#009e73", "floor": "#222222",
 }  # of Okabe and Ito (2008)  # fmt: skip
@@ -54,9 +55,62 @@ def small_table(result: Mapping[str, Any], name: str = "8b") -> str:
     head = ("tiles x tokens", "eager, ms", "fused, ms", "float8, ms", "eager over fused")
     rows = []
     for case in shape["small"]["cases"]:
-        times = [f"{case[f'{way}_ms']:.2f}" for way in ("eager", "fused", "float8")]
+        times = [f"{case[f'{way}_ms']:.2f}" for way in _MEASURED]
         rows.append([f"{case['tiles']} x {case['tokens']}", *times, f"{case['eager_over_fused']:.2f}"])
     return markdown_table(head, rows) + _source(result, shape, name)
+
+
+def frames_table(result: Mapping[str, Any], name: str = "8b") -> str:
+    """Whole frames: the mix against all tiles at high, the stock tower on one image, and preset photo."""
+    shape = result["shapes"][name]
+    whole, high, stock = shape["mix"]["whole"], shape["all_high"], shape["stock"]
+    frame, photo = shape["stock_frame"], shape["photo"]
+    edge = f"{stock['image_px']} x {stock['image_px']}"
+    large = f"{frame['image_px']} x {frame['image_px']}"
+    rows = [
+        _frame(f"{large}, the mix", whole, ""),
+        _frame(f"{large}, {high['tiles']} tiles at high", high, ""),
+        _frame(f"{edge}, {stock['tiles']} tiles at high", stock, f"{stock['stock_ms']:.1f}"),
+        _frame(f"{photo['image_px']} x {photo['image_px']}, {photo['tile_tokens']:,} tokens", photo, ""),
+    ]
+    rows[0][1] = f"{frame['estimate_ms']:,.0f} (one block, times the blocks)"
+    text = markdown_table(("image", "stock tower on one image, ms", *(f"{w}, ms" for w in _MEASURED)), rows)
+    gains = ", ".join(f"{high[f'{way}_ms'] / whole[f'{way}_ms']:.2f} times {way}" for way in _MEASURED)
+    speeds = ", ".join(f"{photo[f'{way}_tokens_per_second']:,} {way}" for way in _MEASURED)
+    text += (
+        f"\nThe mix is faster than all tiles at high {gains}. Tokens per second of the last row: {speeds}.\n"
+    )
+    return text + _source(result, shape, name)
+
+
+def _frame(label: str, case: Mapping[str, Any], stock: str) -> list[str]:
+    return [
+        label,
+        stock,
+        *(_cell(case, way) if "floor_ms" in case else _plain(case, way) for way in _MEASURED),
+    ]
+
+
+def _plain(case: Mapping[str, Any], way: str) -> str:
+    return f"{case[f'{way}_ms']:.1f}"
+
+
+def accuracy_table(result: Mapping[str, Any]) -> str:
+    """Relative errors of the bundled checkpoint's encodings, and right answers."""
+    found = result["accuracy"]
+    rows = []
+    for way, right in found["right"].items():
+        pairs = (found["error_against_fp32"][way], found["error_against_bf16"].get(way))
+        errors = ["" if pair is None else f"{pair['tokens']:.4f} / {pair['planes']:.4f}" for pair in pairs]
+        rows.append([way, *errors, f"{right} of {found['questions']}"])
+    refused = f"\nfloat8 was refused: {found['float8_refused']}\n" if "float8_refused" in found else ""
+    head = ("", "against fp32, tokens / planes", "against eager bf16", f"right at {found['budget']} tokens")
+    about = (
+        f"\n`{result['command']}`, {result['date']}, {result['device']}, the bundled checkpoint, preset demo, "
+        f"{found['tiles']} tiles of 16 tokens; an error is the norm of the difference over the norm, of planes "
+        "the largest.\n"
+    )
+    return markdown_table(head, rows) + refused + about
 
 
 def _cell(case: Mapping[str, Any], way: str) -> str:

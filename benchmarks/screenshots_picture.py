@@ -70,7 +70,8 @@ def _curve(axes: Axes, result: Mapping[str, Any]) -> None:
     axes.plot(ends, line["ms_at_none"] + line["ms_per_new_tile"] * ends, color=_OLD, linewidth=1)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"new tiles of {result['tiles']}")
-    axes.set_ylabel("stage encode, ms")
+    clock = "processor " if "processor" in result["clock"] else ""
+    axes.set_ylabel(f"stage encode, ms of {clock}time")
     axes.set_title(f"Cost of a frame, {result['device']}", loc="left", color=_INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center right", frameon=False)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from answers_kept import answers_kept_table
 from bytes_tables import first_token_table, preprocess_cpu, preprocess_gpu
 from cache_tables import conversation_table, screenshots_table, soak_table
 from common import RESULTS, ROOT, markdown_table, progress
@@ -30,11 +31,20 @@ from judgements import (
     relevance_table,
     tension_table,
 )
+from lod_engines_picture import accuracy_table as lod_accuracy
+from lod_engines_picture import frames_table, mix_table, small_table
 from plan_stage_views import plan_stage_glimpse_table, plan_stage_table
 
 from arrcoc import config as configs
 
-PAGES = ("README.md", "docs/architecture.md", "docs/decisions.md", "docs/engines.md", "docs/relevance.md")
+PAGES = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/decisions.md",
+    "docs/engines.md",
+    "docs/relevance.md",
+    "docs/speed.md",
+)
 """Files whose marked tables are kept."""
 
 TOKEN_PX = 32
@@ -56,23 +66,6 @@ def ratios(result: Mapping[str, Any]) -> str:
         times = (first["first_token"], following["first_token"], first["wall"], first["peak_memory"])
         counts = (case["stock"]["tokens"], case["arrcoc"]["tokens"])
         rows.append([_edges(case), f"{case['budget']:g}", *(f"{n:,}" for n in counts), *map(_times, times)])
-    return markdown_table(head, rows) + _source(result)
-
-
-def first_tokens(result: Mapping[str, Any]) -> str:
-    """Milliseconds to the first token, and ratios, of a run on a GPU, where absolute times mean something."""
-    assert not result["device"].startswith("cpu"), "absolute times are quoted of a GPU only"
-    head = (
-        "image", "budget", "tokens, stock", "tokens, arrcoc", "first token, stock", "first token, arrcoc",
-        "ratio", "next question", "peak memory",
-    )  # fmt: skip
-    rows = []
-    for case in result["cases"]:
-        first, following = case["stock_over"]["arrcoc"], case["stock_over"]["arrcoc_next_question"]
-        counts = [f"{case[who]['tokens']:,}" for who in ("stock", "arrcoc")]
-        times = [f"{case[who]['first_token_ms']:.0f} ms" for who in ("stock", "arrcoc")]
-        over = (first["first_token"], following["first_token"], first["peak_memory"])
-        rows.append([_edges(case), f"{case['budget']:g}", *counts, *times, *map(_times, over)])
     return markdown_table(head, rows) + _source(result)
 
 
@@ -115,7 +108,6 @@ def _decided(name: str) -> Callable[[Path], str]:
 
 
 _TABLES: dict[str, Callable[[Path], str]] = {
-    "results:stages-h200-2b": lambda results: first_tokens(_read(results / "stages_h200_2b.json")),
     "results:stages": lambda results: ratios(_read(results / "stages.json")),
     "results:stage-shares": lambda results: shares(_read(results / "stages.json")),
     "results:accuracy": _measured("accuracy.json", accuracy_table),
@@ -132,6 +124,10 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "results:decode": _measured("decode.json", decode_table),
     "results:decode-prefill": _measured("decode_prefill.json", prefill_table),
     "results:decode-accuracy": _measured("decode_accuracy.json", decode_accuracy_table),
+    "results:lod-engines": _measured("lod_engines.json", mix_table),
+    "results:lod-small": _measured("lod_engines.json", small_table),
+    "results:lod-frames": _measured("lod_engines.json", frames_table),
+    "results:lod-accuracy": _measured("lod_engines.json", lod_accuracy),
     "results:engine-builds": _measured("engine_builds.json", builds_table),
     "results:tensorrt86-bundled": _measured(
         "tensorrt86.json", lambda result: tensorrt86_times(result, "bundled")
@@ -145,6 +141,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "results:preprocess-gpu": _measured("preprocess_cuda.json", preprocess_gpu),
     "results:ttft-8b": _measured("ttft.json", lambda result: first_token_table(result, "8b")),
     "results:ttft-2b": _measured("ttft.json", lambda result: first_token_table(result, "2b")),
+    "results:answers-kept": _measured("answers_kept.json", answers_kept_table),
     "results:screenshots": _measured("screenshots.json", screenshots_table),
     "results:conversation": _measured("conversation.json", conversation_table),
     "results:soak": _measured("soak.json", soak_table),

@@ -148,7 +148,15 @@ def test_shares_add_up(tables: ModuleType, result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/architecture.md", "docs/decisions.md", "docs/relevance.md"]
+    "name",
+    [
+        "README.md",
+        "docs/architecture.md",
+        "docs/decisions.md",
+        "docs/engines.md",
+        "docs/relevance.md",
+        "docs/speed.md",
+    ],
 )
 def test_tables_on_pages_are_what_the_results_say(tables: ModuleType, name: str) -> None:
     page = (ROOT / name).read_text(encoding="utf-8")
@@ -164,7 +172,8 @@ def test_pages_hold_marked_tables(tables: ModuleType) -> None:
         "results:accuracy-families",
         "results:accuracy-pictures",
         "configs:presets",
-        "results:stages-h200-2b",
+        "results:ttft-8b",
+        "results:lod-engines",
         "results:stages",
     ]
     figure = re.search(r"\d+\.\d\d x", readme)

@@ -338,11 +338,10 @@ def interpreted() -> None:
     bias = torch.randn(48, generator=random)
     (q, scale), (wq, wscale) = quantize_rows(x), quantize_rows(w)
     exact = torch.nn.functional.gelu((q.float() * scale) @ (wq.float() * wscale).T + bias, approximate="tanh")
-    got = scaled_linear(q, scale, wq, wscale.T, bias, gelu=True, config=Config(16, 32, 32, 4, 1, 2))
+    cut = Config(16, 32, 32, 4, 1, 1)
+    got = scaled_linear(q, scale, wq, wscale.T, bias, gelu=True, config=cut)
     found["product"] = float((got - exact).norm() / exact.norm())
-    rough = scaled_linear(
-        q, scale, wq, wscale.T, bias, gelu=True, step=0.02, config=Config(16, 32, 32, 4, 1, 1)
-    )
+    rough = scaled_linear(q, scale, wq, wscale.T, bias, gelu=True, step=0.02, config=cut)
     found["e4m3"] = float((rough.float() * 0.02 - exact).norm() / exact.norm())
     print(json.dumps(found))
 
@@ -380,6 +379,37 @@ def test_the_floor_counts_what_the_tower_multiplies(qwen: QwenVL, monkeypatch: p
     spared = 2 * patches[..., 0].numel() * weights.patch_weight.numel() // 2  # the second, equal frame
     found = lod_engines.tower_flops(weights, (side * weights.merge) ** 2, count)
     assert found == counter.get_total_flops() - spared
+
+
+def test_what_was_not_compiled_is_said_and_shares_are_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import lod_engines_picture
+
+    times = {"floor_ms": 10.0, "eager_ms": 40.0, "fused_ms": 16.0, "float8_ms": 12.5}
+    shape = {
+        "peak_tflops": 780.0,
+        "sustained_tflops": 650.0,
+        "mix": {"cases": [times | {"tokens": n, "tiles": 2} for n in (400, 64)], "whole": times},
+        "all_high": times | {"tokens": 400, "tiles": 9},
+        "compiled": {"64": 20.0, "compile_s": {}},
+    }
+    about = {"command": "c", "date": "d", "device": "g", "dtype": "bfloat16", "repeats": 7}
+    result = about | {"versions": {"torch": "2"}, "shapes": {"8b": shape}}
+    lines = lod_engines_picture.mix_table(result).splitlines()
+    rest = "16.0 (62%) | 12.5 (80%) | 10.0 |"
+    assert lines[2] == f"| 2 x 400 | 40.0 (25%) | not measured | {rest}"
+    assert lines[3] == f"| 2 x 64 | 40.0 (25%) | 20.0 (50%) | {rest}"
+    assert lines[4] == f"| the mix | 40.0 (25%) | not measured | {rest}", "a sum only of all of them"
+    assert "75% fused and 96% in float8" in lines[-1]
+    assert len(lod_engines_picture.draw(result).axes) == 3
+
+
+@pytest.mark.parametrize(("count", "own"), [(64, True), (144, True), (256, False), (784, False)])
+def test_attention_is_the_faster_one(count: int, own: bool) -> None:
+    from arrcoc.lod.attention import fastest_blocks
+
+    assert (fastest_blocks(count, 72) is not None) == own
+    assert fastest_blocks(count, 256) is None
 
 
 # On a GPU.

@@ -244,3 +244,19 @@ def test_no_graph_is_captured_for_what_nobody_has_asked() -> None:
     encoder, _ = make(engines)
     wanted = {Lod.HIGH: torch.arange(3)}
     assert encoder.prefetch(frame, wanted, torch.ones(2, 3), lambda: False) == 3
+
+
+@pytest.mark.gpu
+def test_waiting_for_the_whole_device_meanwhile_breaks_no_capture(photo) -> None:
+    """Which is what it does to whatever another thread captures."""
+    from arrcoc import Engine
+
+    engine = Engine.from_pretrained(device="cuda", prefetch="on")
+    with engine.open(photo.resize((1024, 1024)), budget=0.15) as session:
+        for question in ("What is on her sleeve?", "Which colour is the rocket?"):
+            session.encode(question)
+            while not engine.finish_prefetch(0):
+                torch.cuda.synchronize()
+    assert engine.cache_stats().prefetched > 0
+    assert not any("no CUDA graphs" in name for name in engine.describe()["lod_engines"].values())
+    engine.close()

@@ -40,7 +40,11 @@ BYTES = Blocking(Blocks(8, 2048, 4), Blocks(8, 2048, 4), Blocks(4, 2048, 4), Blo
 
 
 def blocking_for(weights: TextWeights) -> Blocking:
-    """What was fastest for these weights on an H200: `benchmarks/decode.py`, sections sweep and quantized."""
+    """The blocks that `KernelStep` takes by itself.
+
+    For bfloat16, none of those tried on an H200 (`benchmarks/decode.py`, section sweep) was faster than the
+    usual ones, at Qwen3-VL's 2B or 8B, by more than equal runs differ.
+    """
     return BYTES if weights.layers[0].query.values.element_size() == 1 else Blocking()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from arrcoc.lod.kernels import FLOAT8, split_width
 
 _LEAST = 16  # smallest edge of a tensor core's product
+_MOST_PATCHES = 160  # of an image; cuDNN's attention is as fast at 144, and faster at 256 and above
 _LOG2_E = 1.4426950408889634
 
 
@@ -75,13 +76,11 @@ def attend(
 
 
 def fastest_blocks(count: int, dim: int) -> Blocks | None:
-    """How the kernel is best cut for images of `count` patches; None where a library's is faster.
+    """How the kernel is best cut for images of `count` patches; None where a library's is as fast.
 
     As measured on an H200 (docs/engines.md); heads wider than 128 do not fit into its registers.
     """
-    if dim > 128 or 160 < count < 1024:
-        return None
-    return Blocks(64, 64, 4, 1, 128) if count < 1024 else Blocks(128, 64, 8, 3, 128)
+    return Blocks(64, 64, 4, 1, 128) if dim <= 128 and count <= _MOST_PATCHES else None
 
 
 @triton.jit

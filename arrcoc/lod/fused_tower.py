@@ -167,7 +167,7 @@ class FusedTower:
         with _library_attention(qkv):
             attended = nn.functional.scaled_dot_product_attention(query, key, value)
         flat = attended.transpose(1, 2).reshape(rows, width // 3)
-        return flat if step is None else kernels.quantize_rows(flat, step=step)
+        return flat if step is None else kernels.quantize_rows(flat, step=step, warps=2)
 
     def _add(self, hidden: Tensor, layer: AnyDense, rows: Tensor | tuple[Tensor, Tensor]) -> Tensor | None:
         """Add a layer's output, less its bias, to the residual; or return it for the next norm to add."""
