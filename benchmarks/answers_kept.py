@@ -1,8 +1,8 @@
 """Answers of the bundled checkpoint with each optimisation on, beside all of them off: how many change.
 
 Sixty questions of the held-out split, ten of each family, at full resolution and at an eighth of its tokens.
-What changes nothing but speed should change no answer beyond what another order of rounding does; what is kept
-or computed in fewer bits may.
+What changes nothing but speed should change no answer beyond what another order of rounding does; what is
+kept or computed in fewer bits may.
 
     python benchmarks/answers_kept.py [--each 10] [--device cpu] [--dtype auto] [--ways NAME ...]
 """

@@ -23,11 +23,19 @@ def screenshots_table(result: Mapping[str, Any]) -> str:
         "encode, without / with",
     )
     rows = [_stream_row(name, some) for name, some in [*named, ("all", frames)]]
-    line = result["fit"]
+    line, costs = result["fit"], [(f["new_tiles"], f["cached_ms"]) for f in frames]
+    slope, level = line["ms_per_new_tile"], line["ms_at_none"]
+    off = [abs(ms / (level + slope * new) - 1) for new, ms in costs if new]
+    none = [ms for new, ms in costs if not new]
     fit = (
         f"Stage encode over new tiles, a straight line: R² {line['r_squared']:.4f}, "
-        f"{line['share_of_frames_within_20_percent']:.0%} of the frames within 20 % of it, "
-        f"{line['ms_at_none'] / line['ms_per_new_tile']:.1f} new tiles' worth for none. "
+        f"{sum(x <= 0.2 for x in off)} of the {len(off)} frames with new tiles within 20 % of it "
+        f"(the farthest: {max(off):.0%}). "
+    )
+    if none:
+        worth = statistics.mean(none) / slope
+        fit += f"The {len(none)} frames without new tiles cost {worth:.1f} new tiles' worth each. "
+    fit += (
         f"Answers equal: {result['same_answers']} of {result['answers']}; largest relative difference of a "
         f"vision token: {result['largest_relative_difference']:.1g}. Times: {result['clock']}."
     )

@@ -57,7 +57,7 @@ def _version(package: str) -> str | None:
 def revision() -> tuple[str | None, bool | None]:
     """Commit of the checkout and whether it has changes; (None, None) outside a git checkout.
 
-    `ARRCOC_COMMIT` names the commit on a machine that received clean files without the history they belong to.
+    `ARRCOC_COMMIT` names the commit where clean files came without the history they belong to.
     """
     exported = os.environ.get("ARRCOC_COMMIT")
     if exported:

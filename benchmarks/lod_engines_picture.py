@@ -106,9 +106,9 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
     refused = f"\nfloat8 was refused: {found['float8_refused']}\n" if "float8_refused" in found else ""
     head = ("", "against fp32, tokens / planes", "against eager bf16", f"right at {found['budget']} tokens")
     about = (
-        f"\n`{result['command']}`, {result['date']}, {result['device']}, the bundled checkpoint, preset demo, "
-        f"{found['tiles']} tiles of 16 tokens; an error is the norm of the difference over the norm, of planes "
-        "the largest.\n"
+        f"\n`{result['command']}`, {result['date']}, {result['device']}, the bundled checkpoint, preset "
+        f"demo, {found['tiles']} tiles of 16 tokens; an error is the norm of the difference over the norm, "
+        "of planes the largest.\n"
     )
     return markdown_table(head, rows) + refused + about
 

@@ -89,6 +89,7 @@ def test_tables_say_what_was_measured(tables: ModuleType) -> None:
         {"action": "start", "new_tiles": 8, "hits": 0, "misses": 8, "cached_ms": 80.0, "plain_ms": 80.0},
         {"action": "blink", "new_tiles": 1, "hits": 7, "misses": 1, "cached_ms": 10.0, "plain_ms": 80.0},
         {"action": "scroll", "new_tiles": 4, "hits": 4, "misses": 4, "cached_ms": 40.0, "plain_ms": 80.0},
+        {"action": "blink", "new_tiles": 0, "hits": 8, "misses": 0, "cached_ms": 4.0, "plain_ms": 80.0},
     ]
     line = {"ms_per_new_tile": 10.0, "ms_at_none": 5.0, "r_squared": 0.9871}
     stream = ABOUT | {
@@ -102,9 +103,10 @@ def test_tables_say_what_was_measured(tables: ModuleType) -> None:
         "repeats": 2,
     }
     made = tables.screenshots_table(stream)
-    assert "| blink | 1 | 1.0 | 88% | 8.0 x |" in made
-    assert "| all | 2 | 2.5 | 69% | 3.2 x |" in made
-    assert "R² 0.9871, 95% of the frames within 20 % of it, 0.5 new tiles' worth for none" in made
+    assert "| blink | 2 | 0.5 | 94% | 11.4 x |" in made
+    assert "| all | 3 | 1.7 | 79% | 4.4 x |" in made
+    assert "R² 0.9871, 1 of the 2 frames with new tiles within 20 % of it (the farthest: 33%)" in made
+    assert "The 1 frames without new tiles cost 0.4 new tiles' worth each" in made
     assert "median of 2 runs" in made
     rates = {"tiles_asked_for": 1000, "hit_rate": 0.5, "hit_rate_of_follow_ups": 0.6}
     ahead = rates | {"hit_rate": 0.7, "prefetched": 40, "prefetched_and_used": 10}
