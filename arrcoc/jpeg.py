@@ -163,7 +163,9 @@ def _components(body: bytes) -> int:
     """Components of a frame header; 0 where they are not 8-bit grey or YCbCr."""
     if len(body) < 6 or body[0] != 8 or len(body) != 6 + 3 * body[5]:
         return 0
-    names = body[6::3]
+    names, factors = body[6::3], body[7::3]
+    if body[5] == 1 and factors != b"\x11":
+        return 0  # one component is never subsampled, whatever its factors say; nvJPEG believes them
     return 0 if names == b"RGB" else body[5]
 
 

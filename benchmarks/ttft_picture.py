@@ -33,8 +33,9 @@ _INK = "#222222"
 
 
 def draw(result: Mapping[str, Any]) -> Figure:
-    """One row of panels for each model size, one panel for each image size."""
-    cases = result["cases"]
+    """One row of panels for each model size, one panel for each image size at which arrcoc was run."""
+    reached = {case["image_px"] for case in result["cases"] if case["system"] == "arrcoc"}
+    cases = [case for case in result["cases"] if case["image_px"] in reached]
     shapes = list(dict.fromkeys(case["shape"] for case in cases))
     edges = sorted({case["image_px"] for case in cases})
     figure = Figure(figsize=(4 * len(edges), 3.6 * len(shapes)), layout="constrained")
