@@ -10,21 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arrcoc import triton_support
+
 logger = logging.getLogger(__name__)
 _BLOCK = 512
 
 
 @lru_cache(maxsize=8)
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernel serves a device: CUDA, with Triton installed (else torch does the same, slower)."""
+    """Whether the kernel serves a device: CUDA, with Triton at work (else torch does the same, slower)."""
     if device.type != "cuda":
         return False
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        logger.warning("Triton cannot be used, images are resampled by torch: %s", error)
-        return False
-    return True
+    if reason := triton_support.why_not():
+        logger.warning("Images are resampled by torch: %s", reason)
+    return reason is None
 
 
 def resample(planes: Tensor, q: int, p: int) -> Tensor:

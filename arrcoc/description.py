@@ -76,7 +76,7 @@ def _settings(presets: PresetChoice) -> dict[str, Any]:
 
 
 def _scorers(qwen: QwenVL, viewer: Viewer) -> dict[str, str]:
-    parallel = "three CUDA streams" if qwen.device.type == "cuda" else "in sequence"
+    parallel = "three CUDA streams, or a graph" if qwen.device.type == "cuda" else "in sequence"
     return {"participatory": "texture" if viewer.has_head else "glimpse", "parallel": parallel}
 
 

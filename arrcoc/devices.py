@@ -30,6 +30,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return place
 
 
+def check_current(place: torch.device) -> None:
+    """Raise `ConfigError` for a CUDA device that is not the current one.
+
+    Triton launches on the calling thread's current device, so another one would get kernels with addresses
+    that are not its own.
+    """
+    if place.type != "cuda" or place.index is None or place.index == torch.cuda.current_device():
+        return
+    allowed = f"cuda:{torch.cuda.current_device()}, the current device of this process"
+    raise ConfigError(f"device {str(place)!r}", allowed, f"Set CUDA_VISIBLE_DEVICES={place.index}, use cuda")
+
+
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The precision a name stands for; `auto` is bfloat16 on CUDA and float32 elsewhere.
 

@@ -20,7 +20,7 @@ from arrcoc.config import Config
 from arrcoc.decode import BatchDecoder, Decoder, Sampling, make_decoder, quantize_text
 from arrcoc.demo.bundled import bundled_checkpoint
 from arrcoc.description import describe
-from arrcoc.devices import resolve_device, resolve_dtype
+from arrcoc.devices import check_current, resolve_device, resolve_dtype
 from arrcoc.encoding import Encoding
 from arrcoc.errors import ConfigError, DecodeError, EngineMismatchError
 from arrcoc.image import ImageInput
@@ -62,7 +62,7 @@ class Engine:
         self._cache = open_cache(base)
         quantize_text(qwen, base.decode_weights)
         self._decoder: Decoder = make_decoder(qwen, base)
-        self._batch = BatchDecoder(qwen, base.prefill_chunk)
+        self._batch = BatchDecoder(qwen, base.prefill_chunk, base.decode_bytes)
         self._head = _texture_head(qwen, base)
         self._prefixes = PrefixStore(base.prefix_bytes, base.cache_half_life)
         on = base.prefetch == "on" or (base.prefetch == "auto" and qwen.device.type == "cuda")
@@ -96,7 +96,7 @@ class Engine:
 
         Raises:
             ModelError: the checkpoint cannot be loaded.
-            ConfigError: unknown preset, device, dtype or field.
+            ConfigError: unknown preset, device, dtype or field, or a CUDA device that is not the current one.
             EngineMismatchError: the engines were built from other weights, for another preset or device, by
                 another version, or their files were changed.
             EngineBuildError: the Python package that runs the engines is not installed.
@@ -105,6 +105,7 @@ class Engine:
             preset = "demo"
         presets = configs.PresetChoice.make(preset, overrides)
         place = resolve_device(device)
+        check_current(place)
         precision = resolve_dtype(dtype, place)
         notes = []
         if model is None:
@@ -267,14 +268,16 @@ class Engine:
         self._cache.close()
 
     def warm_up(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
-        """Compile kernels and capture CUDA graphs now, instead of when a request first needs them.
+        """Compile the tile encoders' kernels and capture their graphs, before a request needs them.
 
-        Compiled kernels stay in Triton's cache on disk, so that later processes start warm.
+        The graphs of the plan stage, of prompts and of decoding are captured by the first requests. Compiled
+        kernels stay in Triton's cache on disk, so that later processes start warm.
 
         Args:
             progress: called with what is under way, how many steps are done, and of how many.
         """
-        self._viewer.warm_up(progress)
+        with self._ahead.request():
+            self._viewer.warm_up(progress)
 
     def describe(self) -> dict[str, Any]:
         """What runs where: model, presets, scorers, engines, decoder, cache, versions, notes. JSON-ready."""

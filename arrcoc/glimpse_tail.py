@@ -35,6 +35,8 @@ ROWS = (32, 64, 128)
 """Rows that passes are padded to; longer questions have no static pass."""
 KEEP_BYTES = 1 << 30
 """Most bytes of keys and values that passes of several shapes keep; one shape alone may exceed it."""
+KEEP_SHAPES = 64
+"""Most shapes, whose graphs take memory too."""
 
 
 class Shape(NamedTuple):
@@ -68,6 +70,8 @@ class Tails:
         self._lock = threading.Lock()
         self._passes: OrderedDict[Shape, TailPass] = OrderedDict()
         self.failure, self._captures = "", qwen.device.type == "cuda"
+        # A pool whose graphs are all gone cannot be used again: the first one stays.
+        self._first: torch.cuda.CUDAGraph | None = None
         if self._captures:
             self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._stream = torch.cuda.Stream(qwen.device)  # type: ignore[no-untyped-call]
@@ -134,7 +138,9 @@ class Tails:
         if shape not in self._passes:
             self._passes[shape] = TailPass(self._qwen, prefix, shape, self._side, self._layers, self._gain)
         self._passes.move_to_end(shape)
-        while len(self._passes) > 1 and sum(p.nbytes for p in self._passes.values()) > KEEP_BYTES:
+        while len(self._passes) > 1 and (
+            len(self._passes) > KEEP_SHAPES or sum(p.nbytes for p in self._passes.values()) > KEEP_BYTES
+        ):
             if self._captures:
                 self._used.synchronize()  # its memory may go to another stream at once
             self._passes.popitem(last=False)
@@ -145,6 +151,7 @@ class Tails:
         if self._captures and not self.failure and made.may_capture(size):
             try:
                 made.graphs[size] = captured(partial(made.compute, size), self._stream, self._pool)
+                self._first = self._first or made.graphs[size][0]
             except RuntimeError as error:
                 self.failure = str(error).strip().splitlines()[0]
                 _LOG.warning("questions are read without CUDA graphs: %s", self.failure)

@@ -49,8 +49,9 @@ class TilePrefetcher:
         """
         with self._changed:
             self._requests += 1
-            self._changed.wait_for(lambda: not self._running)
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._running)
             yield
         finally:
             with self._changed:

@@ -6,7 +6,6 @@ prompt's rest, launching them takes longer than computing. These are nine, and r
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from types import ModuleType
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arrcoc import triton_support
 from arrcoc.kv import Room, RoomyCache
 from arrcoc.text import Matrix, TextLayer, TextWeights, joined
 
@@ -167,8 +167,8 @@ def why_not(weights: TextWeights) -> str | None:
         return f"on {table.device.type}"
     if table.dtype not in (torch.bfloat16, torch.float16):
         return f"in {str(table.dtype).removeprefix('torch.')}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    if reason := triton_support.why_not():
+        return reason
     return None if FusedLayers.supports(weights) else f"heads of {weights.head_dim}"
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arrcoc import triton_support
+
 try:
     import triton
     import triton.language as tl
@@ -33,8 +35,8 @@ def installed() -> bool:
 
 
 def usable(pixels: Tensor) -> bool:
-    """Whether the kernel can measure a frame here: on CUDA, with triton."""
-    return installed() and pixels.is_cuda
+    """Whether the kernel can measure a frame here: on CUDA, with triton at work."""
+    return installed() and pixels.is_cuda and triton_support.why_not() is None
 
 
 class Addresses:

@@ -18,7 +18,7 @@ INK, FAINT = "#22303c", "#66757f"
 LOOK, JUDGE, PLAN, ENCODE, SPEAK = "#dbe9f6", "#fde9c9", "#e3dcf1", "#d7eedd", "#f6dcdc"
 EDGE = {LOOK: "#4a86b8", JUDGE: "#c88a1b", PLAN: "#7f62b3", ENCODE: "#3f9460", SPEAK: "#b95757"}
 
-CACHE_TEXT = "by content, LOD, engine;\nleast relevant per byte\nleaves first"
+CACHE_TEXT = "device, host memory, disk;\nleast relevant per byte\nleaves first"
 
 # name: (centre x, centre y, width, height, colour, title, what it does, record it gives)
 Box = tuple[float, float, float, float, str, str, str, str]
@@ -142,7 +142,7 @@ def _connections(axes: Axes) -> None:
     _arrow(axes, (4.5, 4.7), (6.5, 2.75))
     _word(axes, 5.8, 3.75, "tokens of the glimpse,\nthe context of the answer", left=True)
     _arrow(axes, (3.85, 4.7), (3.85, 2.75), linestyle=(0, (4, 3)))
-    _word(axes, 1.3, 3.55, "its keys and values, made once\nby the participatory scorer", left=True)
+    _word(axes, 1.3, 3.55, "its keys and values, made once\nfor every question", left=True)
 
 
 def _endpoints(axes: Axes) -> None:
@@ -156,7 +156,7 @@ def _endpoints(axes: Axes) -> None:
     axes.text(1.65, 2.25, "answer", **text)  # type: ignore[arg-type]
     note = (
         "One stage, one module, one record; stages never import one another, only pipeline.py and engine.py "
-        "know their order. On CUDA the three scorers run on three streams."
+        "know their order. On CUDA texture, scorers and opponent are one graph."
     )
     axes.text(0.3, 1.12, note, fontsize=9.5, color=FAINT, va="center")
 

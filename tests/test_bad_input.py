@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from arrcoc.devices import resolve_device, resolve_dtype
+from arrcoc.devices import check_current, resolve_device, resolve_dtype
 from arrcoc.engine import Engine
 from arrcoc.errors import ArrcocError, BudgetError, ConfigError, DecodeError, ImageError, QueryError
 from arrcoc.qwen import QwenVL
@@ -230,3 +230,11 @@ def test_devices_and_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None
     refusal(ConfigError, lambda: resolve_device("cuda:2"), "cuda:2")
     assert [resolve_dtype("auto", d) for d in (gpu, cpu)] == [torch.bfloat16, torch.float32]
     assert [resolve_dtype(d, cpu) for d in ("float16", torch.float16)] == [torch.float16] * 2
+
+
+def test_a_device_that_is_not_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for fine in ("cpu", "cuda", "cuda:0"):
+        check_current(torch.device(fine))
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1"):
+        check_current(torch.device("cuda:1"))

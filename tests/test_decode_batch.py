@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from arrcoc import Engine, sequence
-from arrcoc.decode import BatchDecoder, Sampling, SpeculativeDecoder, TransformersDecoder, make_decoder
+from arrcoc.decode import (
+    BatchDecoder,
+    Sampling,
+    SpeculativeDecoder,
+    TransformersDecoder,
+    make_decoder,
+    quantize_text,
+)
 from arrcoc.decode.speculative import Draft, PromptLookup
 from arrcoc.errors import BudgetError, ConfigError, DecodeError, QueryError
 
@@ -50,6 +57,13 @@ def test_prompts_decoded_together_equal_one_by_one(engine, eager, prompts) -> No
     again = batch.generate(prompts[::-1], [None] * 3, Sampling(max_new_tokens=10))
     assert again == made[::-1]
     assert batch.generate([], [], Sampling()) == []
+
+
+def test_memory_beyond_the_bound_is_not_kept(engine, prompts) -> None:
+    for bound, kept in ((1 << 30, 1), (1000, 0)):
+        batch = BatchDecoder(engine._qwen, keep_bytes=bound)
+        batch.generate(prompts, [None] * 3, Sampling(max_new_tokens=2))
+        assert len(batch._kept) == kept
 
 
 def test_one_that_stops_leaves_the_others_alone(engine, eager, prompts, monkeypatch) -> None:
@@ -171,6 +185,12 @@ def test_what_a_configuration_asks_for(tiny_checkpoint, engine) -> None:
     assert made(speculative="prompt_lookup") == made(speculative=str(tiny_checkpoint)) == "SpeculativeDecoder"
     with pytest.raises(ConfigError, match="speculative"):
         made(speculative="prompt_lookup", decoder="eager")
+
+
+def test_quantised_weights_without_torchao_name_the_extra(engine, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'arrcoc\[quantized\]'"):
+        quantize_text(engine._qwen, "int8")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -158,6 +159,20 @@ def test_the_pool_keeps_what_its_bound_allows(qwen) -> None:
     assert pool.lease(1024) is slots[2]
     assert pool.lease(2048).capacity == 2048
     assert pool.lease(1024) is slots[1]
+
+
+def test_a_slot_may_come_back_while_its_thread_is_in_the_pool(qwen) -> None:
+    pool, done = SlotPool(qwen.text, keep_bytes=1 << 30), threading.Event()
+    slot = pool.lease(1024)
+
+    def run() -> None:
+        with pool._lock:  # where the garbage collector may finalise a dropped request
+            pool.give_back(slot)
+        done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    assert done.wait(5)
+    assert pool.lease(1024) is slot
 
 
 # Sampling on the device.

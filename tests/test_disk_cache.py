@@ -407,6 +407,22 @@ def test_two_processes_share_a_folder_and_its_bound(tmp_path: Path) -> None:
     assert stats.bytes == sum(path.stat().st_size for path in tile_files(tmp_path)) <= bound
 
 
+def test_a_file_that_vanishes_while_the_folder_is_read_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        tier(tmp_path).store(key(number), planes(number), 0.0)
+    read, gone = files.read_level, tmp_path / files.file_name(key(1))
+
+    def read_level(path: Path) -> float:
+        gone.unlink(missing_ok=True)  # by another process, which found it damaged
+        return read(path)
+
+    monkeypatch.setattr(files, "read_level", read_level)
+    opened = tier(tmp_path)
+    assert (opened.stats().state, key(2) in opened) == ("on", True)
+
+
 def present(paths: list[Path]) -> list[Path]:
     return [path for path in paths if path.exists()]
 

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,15 @@ def test_keys_and_values_are_kept_within_a_bound(qwen, photo, monkeypatch):
     assert [shape.grid for shape in tails._passes] == [small.grid]
 
 
+def test_no_more_than_so_many_shapes_are_kept(qwen, photo, monkeypatch):
+    monkeypatch.setattr(glimpse_tail, "KEEP_SHAPES", 1)
+    tails = Tails(qwen, CONFIG)
+    small = framed(qwen, photo, width=256)
+    for frame in (framed(qwen, photo), small):
+        asked(scorer(qwen, frame, tails), qwen, SHORT)
+    assert [shape.grid for shape in tails._passes] == [small.grid]
+
+
 # Which passes are captured.
 
 
@@ -181,6 +191,20 @@ def test_a_size_is_captured_when_it_is_met_again(qwen, photo, pretended):
     assert torch.equal(again, first), "what a replay gave is not overwritten by the next"
     assert (len(made), made[0].replays) == (1, 3)
     assert tails.describe() == "CUDA graphs (1 captured)"
+
+
+def test_the_first_graph_outlives_its_shape_as_its_pool_goes_with_it(qwen, photo, pretended, monkeypatch):
+    tails, made = pretended
+    first, second = (scorer(qwen, framed(qwen, photo, width=width), tails) for width in (384, 256))
+    for _ in range(2):
+        asked(first, qwen, SHORT)
+    monkeypatch.setattr(glimpse_tail, "KEEP_SHAPES", 1)
+    tails._used = SimpleNamespace(synchronize=lambda: None)  # type: ignore[assignment]
+    asked(second, qwen, SHORT)
+    assert len(made) == 1
+    assert tails._first is made[0]
+    asked(second, qwen, SHORT)
+    assert tails._first is made[0], "not the newest"
 
 
 def test_preparing_captures_before_the_first_question(qwen, photo, pretended):

@@ -11,7 +11,7 @@ PACKAGE = Path(arrcoc.__file__).parent
 STAGES = {"image", "texture", "scorers", "glimpse", "opponent", "allocation", "encoder", "sequence", "decode"}
 """Modules of one stage each. `decode` and `lod` are packages; an engine is a part of stage encoder."""
 
-BASE = {"errors", "records", "config", "timing", "transfer"}
+BASE = {"errors", "records", "config", "timing", "transfer", "triton_support"}
 HELPERS = {
     "texture": {"texture_kernel"},
     "image": {"pixels", "hashing", "resample", "area_kernel", "host_tiles"},

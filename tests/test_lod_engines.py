@@ -225,12 +225,26 @@ def test_kernels_that_do_not_compile_leave_eager_engines(
 def test_warming_up_runs_every_bucket_largest_first(tiny_checkpoint: Path) -> None:
     engine = Engine.from_pretrained(tiny_checkpoint, preset="demo", device="cpu", buckets=[1, 2])
     steps: list[tuple[str, int, int]] = []
-    engine.warm_up(lambda *step: steps.append(step))
+    under_way: set[int] = set()
+
+    def progress(*step: Any) -> None:
+        steps.append(step)
+        under_way.add(engine._ahead._requests)
+
+    engine.warm_up(progress)
+    assert under_way == {1}, "nothing is encoded ahead meanwhile"
     names = [f"side {side}, {size} tiles" for side in (1, 2, 3, 4) for size in (2, 1)]
     assert steps == [*((name, done, 8) for done, name in enumerate(names)), ("warm", 8, 8)]
 
 
 # Float8.
+
+
+def test_float8_without_torchao_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    layer = Dense(torch.zeros(16, 16), torch.zeros(16))
+    with pytest.raises(EngineBuildError, match=r"pip install 'arrcoc\[quantized\]'"):
+        float8.quantized(layer)
 
 
 class Constant:

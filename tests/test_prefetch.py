@@ -127,6 +127,21 @@ def test_a_request_stops_a_running_job() -> None:
     ahead.close()
 
 
+def test_a_request_interrupted_while_it_waits_is_over(monkeypatch) -> None:
+    ahead, ran = TilePrefetcher(CPU), threading.Event()
+
+    def interrupt(_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ahead._changed, "wait_for", interrupt)
+        with pytest.raises(KeyboardInterrupt), ahead.request():
+            pass
+    ahead.submit(lambda stopped: ran.set())
+    assert ran.wait(5)
+    ahead.close()
+
+
 def test_a_new_job_replaces_one_that_waits_and_a_failing_one_harms_nobody(caplog) -> None:
     ahead, ran = TilePrefetcher(CPU), []
     with ahead.request():

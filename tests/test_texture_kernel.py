@@ -77,6 +77,7 @@ def test_stands_aside_without_cuda() -> None:
 
 def test_stands_aside_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(texture_kernel.triton_support, "why_not", lambda: None)
     assert texture_kernel.usable(pixels)  # type: ignore[arg-type]
     monkeypatch.setattr(texture_kernel, "triton", None)
     assert not texture_kernel.usable(pixels)  # type: ignore[arg-type]

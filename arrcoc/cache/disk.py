@@ -260,6 +260,8 @@ class DiskTier:
         path = self._folder.path / name
         try:
             evicted = self._ledger.admit(name, max(size, 1), files.read_level(path))
+        except FileNotFoundError:  # another process has dropped it since, as damaged or too old
+            return
         except files.DamagedFileError as error:
             logger.warning("Cached tile %s is damaged (%s): it is dropped", name, error)
             evicted = None

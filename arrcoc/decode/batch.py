@@ -80,9 +80,15 @@ class _RowsKv:
 class BatchDecoder:
     """Decodes prompts together; the same tokens as one by one."""
 
-    def __init__(self, qwen: QwenVL, prefill_chunk: int | None = None) -> None:
-        """Args: the checkpoint; most positions of one pass of a prefill, None for all at once."""
-        self._qwen, self._chunk = qwen, prefill_chunk
+    def __init__(self, qwen: QwenVL, prefill_chunk: int | None = None, keep_bytes: int = 4 << 30) -> None:
+        """Make a decoder.
+
+        Args:
+            qwen: the checkpoint.
+            prefill_chunk: most positions of one pass of a prefill; None for all at once.
+            keep_bytes: most bytes of keys and values that are kept between batches.
+        """
+        self._qwen, self._chunk, self._keep_bytes = qwen, prefill_chunk, keep_bytes
         self._kept: list[BatchMemory] = []
         self._lock = threading.Lock()
 
@@ -109,8 +115,9 @@ class BatchDecoder:
         for row, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
             self._prefill(memory, row, prompt, prefix)
         made = self._decode(memory, sampling)
-        with self._lock:
-            self._kept = [memory]
+        if memory.kv.nbytes <= self._keep_bytes:
+            with self._lock:
+                self._kept = [memory]
         return made
 
     def _take(self, rows: int, capacity: int) -> BatchMemory:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import subprocess
 
 import torch
 
+from arrcoc import triton_support
 from arrcoc.config import Config
 from arrcoc.decode.graphed_decoder import GraphedDecoder, Step
 from arrcoc.decode.launch import KernelStep
@@ -58,8 +58,8 @@ def steps(qwen: QwenVL) -> list[Step]:
     layers: list[Step] = [LayersStep(qwen)]
     if qwen.device.type != "cuda" or not KernelStep.supports(qwen.text):
         return layers
-    if importlib.util.find_spec("triton") is None:
-        logger.warning("Triton is not installed: a decode step runs transformers' layers in a CUDA graph")
+    if reason := triton_support.why_not():
+        logger.warning("A decode step runs transformers' layers in a CUDA graph: %s", reason)
         return layers
     return [KernelStep(qwen.text), *layers]
 

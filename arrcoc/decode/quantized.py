@@ -30,7 +30,8 @@ def quantize_text(qwen: QwenVL, weights: WeightFormat) -> None:
         return
     if importlib.util.find_spec("torchao") is None:
         given = f"decode_weights={weights!r} without torchao"
-        raise ConfigError(given, "decode_weights='bf16', or torchao installed", "Run pip install torchao")
+        remedy = "Run pip install 'arrcoc[quantized]'"
+        raise ConfigError(given, "decode_weights='bf16', or torchao installed", remedy)
     from torchao.quantization import quantize_
 
     with torch.inference_mode(False), torch.no_grad():

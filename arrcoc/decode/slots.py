@@ -7,6 +7,7 @@ and small buffers, that outlive it: a slot. Slots come in a few capacities and a
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -143,14 +144,16 @@ class SlotPool:
         """Args: weights of the decoder; most bytes of idle slots."""
         self._weights, self._keep_bytes = weights, keep_bytes
         self._idle: list[Slot] = []
-        self._lock = threading.Lock()
+        # Reentrant: a slot comes back by a finaliser, which may run anywhere, in these methods too.
+        self._lock = threading.RLock()
 
     def lease(self, capacity: int) -> Slot:
         """A slot of exactly this capacity, in order with the current stream."""
         with self._lock:
             found = next((slot for slot in reversed(self._idle) if slot.capacity == capacity), None)
             if found is not None:
-                self._idle.remove(found)
+                with suppress(ValueError):  # a finaliser that ran just now may have dropped it
+                    self._idle.remove(found)
         if found is None:
             return Slot(self._weights, capacity)
         if found.used is not None:

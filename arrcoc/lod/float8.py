@@ -93,7 +93,8 @@ def quantized(layer: Dense, step: float | None = None) -> Float8Dense:
         from torchao.quantization import Float8Tensor, PerRow
     except ImportError:
         given = "precision float8 without torchao"
-        raise EngineBuildError(given, "torchao installed", "pip install torchao") from None
+        remedy = "Run pip install 'arrcoc[quantized]', or choose lod_precision='auto'"
+        raise EngineBuildError(given, "torchao installed", remedy) from None
     made = Float8Tensor.from_hp(layer.weight, granularity=PerRow())
     scale = made.scale.view(1, -1).float() * (1.0 if step is None else step)
     return Float8Dense(made.qdata, scale.contiguous(), layer.bias, step)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from arrcoc import triton_support
 from arrcoc.qwen import QwenVL
 from arrcoc.records import Features
 
@@ -37,7 +37,7 @@ class JointTower:
 def joint_tower(qwen: QwenVL) -> JointTower | None:
     """The fused tower where it can run; None where the stock weights' plain form must."""
     halves = qwen.dtype in (torch.bfloat16, torch.float16)
-    if qwen.device.type != "cuda" or not halves or find_spec("triton") is None:
+    if qwen.device.type != "cuda" or not halves or triton_support.why_not():
         return None
     from arrcoc.lod.fused_tower import FusedTower
 

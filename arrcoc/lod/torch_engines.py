@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from arrcoc import triton_support
 from arrcoc.errors import EngineBuildError
 from arrcoc.lod.protocol import LodEngine
 from arrcoc.lod.torch_engine import TorchLodEngine, engine_fingerprint
@@ -120,10 +120,8 @@ def _obstacle(qwen: QwenVL, precision: str) -> str:
         return f"device {qwen.device.type}"
     if qwen.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {str(qwen.dtype).removeprefix('torch.')}"
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"no Triton: {error}"
+    if reason := triton_support.why_not():
+        return reason
     if precision == "float8" and torch.cuda.get_device_capability(qwen.device) < _FLOAT8_CAPABILITY:
         return "float8 needs compute capability 8.9 or above"
     return ""
