@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/arrcoc demo
 
 test: lint types
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
