@@ -20,8 +20,8 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from common import RESULTS, facts, markdown_table, progress, write_result
-from decode_accuracy import BUDGETS, NEW_TOKENS, Case, cases
+from common import facts, markdown_table, progress, write_result
+from decode_accuracy import BUDGETS, NEW_TOKENS, Case, answers, cases, read_options
 from PIL import Image
 
 import arrcoc
@@ -39,7 +39,7 @@ Answers = Callable[[arrcoc.Engine, Sequence[Case], int], list[str]]
 
 def alone(engine: arrcoc.Engine, drawn: Sequence[Case], budget: int) -> list[str]:
     """One question after the other."""
-    return [engine.ask(image, question, budget, NEW_TOKENS).text for image, question, _ in drawn]
+    return answers(engine, drawn, budget, 0)
 
 
 def twice(engine: arrcoc.Engine, drawn: Sequence[Case], budget: int) -> list[str]:
@@ -60,11 +60,7 @@ def sessions(engine: arrcoc.Engine, drawn: Sequence[Case], budget: int) -> list[
 
 def batches(engine: arrcoc.Engine, drawn: Sequence[Case], budget: int) -> list[str]:
     """Ten questions at once."""
-    said: list[str] = []
-    for start in range(0, len(drawn), 10):
-        requests = [(image, question, budget) for image, question, _ in drawn[start : start + 10]]
-        said += [answer.text for answer in engine.ask_batch(requests, NEW_TOKENS)]
-    return said
+    return answers(engine, drawn, budget, 10)
 
 
 def files(engine: arrcoc.Engine, drawn: Sequence[Case], budget: int) -> list[str]:
@@ -103,7 +99,7 @@ WAYS: dict[str, Way] = {
 
 def main(arguments: Sequence[str]) -> None:
     """Run the benchmark and write its JSON after every way."""
-    options = _options(arguments)
+    options = read_options(arguments, __doc__, WAYS, "answers_kept.json")
     drawn, wanted = cases(options.each), options.ways or list(WAYS)
     result: dict[str, Any] = {"benchmark": "answers_kept"}
     result |= facts("benchmarks/answers_kept.py", arguments, torch.device(options.device))
@@ -165,16 +161,6 @@ def _jpeg(image: Any) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "JPEG", quality=95)
     return stream.getvalue()
-
-
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--each", type=int, default=10, help="cases of each family")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="default: all")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", default=str(RESULTS / "answers_kept.json"))
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -58,7 +58,7 @@ def answers(engine: arrcoc.Engine, drawn: Sequence[Case], budget: int, batch: in
 
 def main(arguments: Sequence[str]) -> None:
     """Run the benchmark and write its JSON."""
-    options = _options(arguments)
+    options = read_options(arguments, __doc__, WAYS, "decode_accuracy.json")
     drawn, wanted = cases(options.each), options.ways or list(WAYS)
     result: dict[str, Any] = {"benchmark": "decode_accuracy"}
     result |= facts("benchmarks/decode_accuracy.py", arguments, torch.device(options.device))
@@ -82,13 +82,16 @@ def main(arguments: Sequence[str]) -> None:
         gc.collect()
 
 
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def read_options(
+    arguments: Sequence[str], purpose: str | None, ways: Iterable[str], out: str
+) -> argparse.Namespace:
+    """Options of a script that asks these questions in several ways."""
+    parser = argparse.ArgumentParser(description=(purpose or "").splitlines()[0])
     parser.add_argument("--each", type=int, default=10, help="cases of each family")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="default: all")
+    parser.add_argument("--ways", nargs="+", choices=list(ways), help="default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", default=str(RESULTS / "decode_accuracy.json"))
+    parser.add_argument("--out", default=str(RESULTS / out))
     return parser.parse_args(arguments)
 
 

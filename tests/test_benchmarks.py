@@ -15,14 +15,6 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def scripts() -> Any:
-    """The scripts find one another through the folder they lie in."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield
-
-
-@pytest.fixture(scope="module")
 def common(scripts: None) -> ModuleType:
     import common
 

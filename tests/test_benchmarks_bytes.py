@@ -14,12 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts() -> Any:
-    """The scripts find one another through the folder they lie in."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield
+pytestmark = pytest.mark.usefixtures("scripts")
 
 
 def test_files_are_the_same_every_time_and_differ_by_seed() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +17,6 @@ ABOUT = {
     "device": "cpu (here)",
     "versions": {"torch": "2.0", "transformers": "5.0"},
 }
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Any:
-    """The scripts find one another through the folder they lie in."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -272,11 +272,8 @@ def test_threads_decode_side_by_side(photo: Image.Image) -> None:
             ours = pixels.decode(files[which], LIMIT, cuda, nvjpeg=True).cpu().int()
             worst[place] = max(worst[place], int((ours - expected[which]).abs().max()))
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))  # raises what a thread raised
     assert max(worst) <= 2
 
 

@@ -10,8 +10,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,11 +129,8 @@ def test_threads_take_turns() -> None:
             if not torch.equal(engine.encode(pixels).tokens.flatten(), torch.tensor([value, value]).float()):
                 wrong.append(value)
 
-    threads = [threading.Thread(target=run, args=(value,)) for value in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))  # raises what a thread raised
     assert wrong == []
 
 
@@ -481,11 +478,8 @@ def test_threads_on_streams_share_the_graphs(bundled: QwenVL) -> None:
                     wrong.append(which)
 
     torch.cuda.synchronize()
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))  # raises what a thread raised
     assert wrong == []
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -329,11 +329,8 @@ def test_threads_share_a_session(engine: Engine, picture: Image.Image) -> None:
         def run(number: int) -> None:
             found[number] = session.ask(QUESTIONS[number % 3]).text
 
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(9)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(9) as pool:
+            list(pool.map(run, range(9)))
     assert [found[number] for number in range(9)] == expected * 3
 
 
@@ -428,9 +425,6 @@ def test_threads_on_a_gpu_share_a_session(tiny_checkpoint: Path, picture: Image.
         def run(number: int) -> None:
             found[number] = session.ask(QUESTIONS[number % 3]).text
 
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(9)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(9) as pool:
+            list(pool.map(run, range(9)))
     assert [found[number] for number in range(9)] == expected * 3

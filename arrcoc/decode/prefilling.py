@@ -14,6 +14,9 @@ from arrcoc.qwen import QwenVL
 from arrcoc.records import Prompt
 from arrcoc.text import TextWeights
 
+_LAUNCH_SECONDS = 0.45e-3  # of the host, for one fused layer
+_PRODUCT_RATE = 550e12  # operations a second of a layer's matrix products at a few hundred rows
+
 
 def check_length(qwen: QwenVL, prompt: Prompt) -> None:
     """Raise `DecodeError` for a prompt longer than the checkpoint's context."""
@@ -96,11 +99,10 @@ def static_size(count: int, most: int) -> int | None:
 def most_captured(weights: TextWeights) -> int:
     """Positions up to which a prefill takes longer to launch than to compute, a multiple of 64, at most 2048.
 
-    A layer's launches take the host about 0.45 ms, and matrix products run at about 550 TFLOP/s: measured
-    on an H200's host with the fused layers.
+    An estimate by `_LAUNCH_SECONDS` and `_PRODUCT_RATE`; where it is off, prompts only take the other way.
     """
     parameters = sum(m.rows * m.columns for m in weights.layers[0].matrices)
-    return min(2048, int(0.45e-3 * 550e12 / (2 * parameters)) // 64 * 64)
+    return min(2048, int(_LAUNCH_SECONDS * _PRODUCT_RATE / (2 * parameters)) // 64 * 64)
 
 
 def _run_static(qwen: QwenVL, slot: Slot, prompt: Prompt, done: int, size: int) -> Tensor:
