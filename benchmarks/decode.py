@@ -47,46 +47,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Qwen3-VL's text decoders, and a small one with a vocabulary of an odd size."""
 CONTEXT = 2048
 """Positions in the cache where steps are timed."""
-SHAPED = {
-    "usual": lambda b: b,
-    "rows of one load": lambda b: widened(b, 2048),
-    "4 rows of one load": lambda b: narrowed(widened(b, 2048)),
-    "half as many columns": lambda b: widened(b, b.qkv.columns // 2),
-    "attention in 32 parts": lambda b: b._replace(attend=Blocks(64, 32, 4)),
-    "attention in 32 parts of 32": lambda b: b._replace(attend=Blocks(32, 32, 4)),
+CHOICES: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "attend": ((32, 32, 2), (16, 32, 4), (16, 32, 2), (32, 16, 4), (32, 64, 4), (16, 64, 4), (64, 16, 4)),
+    "gated": ((2, 2048, 4), (4, 512, 4), (2, 1024, 4), (4, 1024, 8), (4, 2048, 8)),
+    "down": ((8, 1024, 8), (4, 1024, 4), (4, 2048, 4), (2, 2048, 4), (8, 512, 4)),
+    "qkv": ((4, 1024, 4), (4, 2048, 4), (8, 1024, 8), (8, 512, 4), (16, 512, 4)),
+    "out": ((4, 1024, 4), (4, 2048, 4), (8, 1024, 8), (8, 512, 4), (2, 2048, 4)),
+    "head": ((4, 1024, 4), (16, 512, 4), (8, 2048, 8)),
 }
-"""Other ways to divide the work of a step, made of the usual one."""
-FETCHED: dict[str, tuple[int, int, int]] = {
-    "nothing ahead": (0, 0, 0),
-    "1 ahead": (1, 0, 0),
-    "all ahead": (16, 0, 0),
-    "keys ahead": (0, 0, 1),
-    "1 ahead, 8 pieces": (1, 8, 1),
-    "all ahead, 8 pieces": (16, 8, 1),
-    "all ahead, 24 pieces": (16, 24, 1),
-}
-"""What is fetched ahead: loads of a product, pieces of the next product, loads of the attention."""
-
-
-def widened(blocking: Blocking, columns: int) -> Blocking:
-    """The products of a layer with this many columns in one load."""
-    fields = ("qkv", "out", "gated", "down")
-    return blocking._replace(**{f: getattr(blocking, f)._replace(columns=columns) for f in fields})
-
-
-def narrowed(blocking: Blocking) -> Blocking:
-    """Half as many rows in a program."""
-    fields = ("qkv", "out", "gated", "down")
-    halves = {f: getattr(blocking, f)._replace(rows=getattr(blocking, f).rows // 2) for f in fields}
-    return blocking._replace(**halves)
-
-
-def fetching(blocking: Blocking, products: int, pieces: int, keys: int) -> Blocking:
-    """The same division with so much fetched ahead."""
-    fields = {
-        f: getattr(blocking, f)._replace(ahead=products) for f in ("qkv", "out", "gated", "down", "head")
-    }
-    return blocking._replace(attend=blocking.attend._replace(ahead=keys), pieces=pieces, **fields)
+"""Other ways to divide each matrix and the attention than the usual one: `arrcoc.decode.blocking.Blocks`."""
+NOISE = 0.002
+"""What is faster by no more than this share is not taken for faster."""
 
 
 def make_qwen(name: str, device: torch.device, dtype: torch.dtype) -> QwenVL:
@@ -322,19 +293,25 @@ def profile_step(qwen: QwenVL) -> dict[str, Any]:
 
 
 def sweep(qwen: QwenVL, state: GraphedState, decoder: GraphedDecoder) -> dict[str, Any]:
-    """Step time with the work divided in other ways, and with more or less fetched ahead."""
-    usual = blocking_for(qwen.text)
-    tried = {shape: make(usual) for shape, make in SHAPED.items()}
-    for shape in ("usual", "rows of one load"):
-        for name, (products, pieces, keys) in FETCHED.items():
-            if shape == "usual" or pieces:
-                tried[f"{shape}, {name}"] = fetching(tried[shape], products, pieces, keys)
-    tried = {name: b for name, b in tried.items() if b not in list(tried.values())[: list(tried).index(name)]}
-    compile_all(qwen, state, list(tried.values()))
-    times: dict[str, Any] = {}
-    for name, blocking in tried.items():
-        times[name] = round(timed_with(decoder, state, blocking), 4)
-    return times | {"usual again": round(timed_with(decoder, state, usual), 4)}
+    """Step times, choosing the fastest division of one matrix after another."""
+    usual = best = blocking_for(qwen.text)
+    others = [best._replace(**{field: Blocks(*b)}) for field, many in CHOICES.items() for b in many]
+    compile_all(qwen, state, [*others, *(b._replace(early=not b.early) for b in (best, *others))])
+    least = timed_with(decoder, state, best)
+    found: dict[str, Any] = {"usual": least, "tried": []}
+    for field in (*CHOICES, "early"):
+        values = [Blocks(*b) for b in CHOICES[field]] if field in CHOICES else [not best.early]
+        for value in values:
+            other = best._replace(**{field: value})
+            took = timed_with(decoder, state, other)
+            found["tried"].append({"what": field, "as": value, "ms": round(took, 4)})
+            if took < least * (1 - NOISE):
+                best, least = other, took
+    found["best"] = best._asdict()
+    return found | {
+        "best again": timed_with(decoder, state, best),
+        "usual again": timed_with(decoder, state, usual),
+    }
 
 
 def timed_with(decoder: GraphedDecoder, state: GraphedState, blocking: Blocking) -> float:

@@ -1,4 +1,4 @@
-"""What the kernels of a decode step are told to fetch, and that they do so before they wait."""
+"""How a decode step is divided among programs, and when its kernels wait for one another."""
 
 from __future__ import annotations
 
@@ -45,41 +45,10 @@ def launches(qwen, blocking: Blocking, pdl: bool) -> list[SimpleNamespace]:
     return noted.made
 
 
-def eager_to_fetch(qwen) -> Blocking:
-    """Blocks that divide every matrix, with far more to fetch than there is."""
-    layer = qwen.text.layers[0]
-    least = min(min(m.rows for m in layer.matrices), min(m.columns for m in layer.matrices))
-    one = Blocks(4, least & -least, 4, 1000)
-    return Blocking(one, one, one, one, one, Blocks(16, 4, 4, 1000), 1_000_000)
-
-
-def launches_of(made: list[SimpleNamespace], name: str) -> list[SimpleNamespace]:
-    """Those of one kernel."""
-    return [launch for launch in made if launch.name == name]
-
-
-def test_no_more_is_fetched_of_the_next_matrices_than_they_have(qwen) -> None:
-    layer = qwen.text.layers[0]
-    blocking = eager_to_fetch(qwen)._replace(out=Blocks(layer.out.rows, 32, 4))  # one program
-    made = launches_of(launches(qwen, blocking, pdl=True), "product")
-    assert [launch.constants["NEXT"] > 0 for launch in made] == [False, True, False] * qwen.n_layers
-    first = made[1]
-    assert first.arguments[-2] is layer.gate.values
-    assert first.arguments[-1] is layer.up.values
-    whole = layer.gate.values.numel()
-    assert whole - 1024 < first.constants["NEXT"] * first.grid[0] * 1024 <= whole
-
-
-def test_without_dependent_launches_nothing_is_fetched_ahead(qwen) -> None:
-    for launch in launches(qwen, eager_to_fetch(qwen), pdl=False):
-        assert launch.constants.get("AHEAD", 0) == launch.constants.get("NEXT", 0) == 0
-
-
-def test_uneven_blocks_fetch_nothing_ahead(qwen) -> None:
-    uneven = Blocking(*[Blocks(128, 4096, 4, 3)] * 5, Blocks(16, 4, 4, 2))  # type: ignore[arg-type]
-    made = launches(qwen, uneven, pdl=True)
-    assert {launch.constants["AHEAD"] for launch in launches_of(made, "product")} == {0}
-    assert {launch.constants["AHEAD"] for launch in launches_of(made, "attend")} == {2}
+@pytest.mark.parametrize(("pdl", "early", "dependent"), [(True, True, 2), (True, False, 1), (False, True, 0)])
+def test_every_kernel_knows_when_the_next_one_may_begin(qwen, pdl: bool, early: bool, dependent: int) -> None:
+    made = launches(qwen, Blocking(early=early), pdl)
+    assert {launch.constants["PDL"] for launch in made} == {dependent}
 
 
 @pytest.mark.parametrize(
@@ -98,17 +67,18 @@ def test_weights_of_one_byte_have_blocks_of_their_own(qwen) -> None:
     assert blocking_for(qwen.text) == BYTES != Blocking()
 
 
-@pytest.mark.parametrize(("kind", "ahead", "pieces"), [("bf16", 1, 8), ("i8", 1, 0), ("bf16", 0, 0)])
-def test_a_product_for_hopper_fetches_before_it_waits(kind: str, ahead: int, pieces: int) -> None:
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("kind", ["bf16", "i8"])
+def test_a_product_for_hopper_loads_weights_before_it_waits(kind: str, early: bool) -> None:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from arrcoc.decode.kernels import product
 
-    types = dict.fromkeys(("w0", "w1", "w2", "next0", "next1"), f"*{kind}") | {"eps": "fp32", "gain": "*bf16"}
+    types = dict.fromkeys(("w0", "w1", "w2"), f"*{kind}") | {"eps": "fp32", "gain": "*bf16"}
     constants = {"N0": 64, "N1": 0, "N2": 0, "K": 2048, "NORM": True, "ADD": False, "SCALED": kind == "i8"}
-    constants |= {"BLOCK_N": 8, "BLOCK_K": 1024, "EVEN": True, "AHEAD": ahead, "NEXT": pieces, "PDL": True}
+    constants |= {"BLOCK_N": 8, "BLOCK_K": 1024, "EVEN": True, "PDL": early + 1}
     names = product.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
     values = {(names.index(n),): value for n, value in constants.items()}
@@ -118,6 +88,6 @@ def test_a_product_for_hopper_fetches_before_it_waits(kind: str, ahead: int, pie
     )
     text = made.asm["ptx"]
     before, after = text.split("griddepcontrol.wait")
-    assert (before.count("cp.async.bulk.prefetch.L2") > 0) == (ahead > 0)
-    assert "cp.async.bulk.prefetch.L2" not in after
     assert "ld.global" in before  # its first weights
+    assert ("griddepcontrol.launch_dependents" in before) == early
+    assert ("griddepcontrol.launch_dependents" in after) == (not early)

@@ -8,22 +8,18 @@ from arrcoc.text import Matrix, TextWeights
 
 
 class Blocks(NamedTuple):
-    """How a matrix is divided: rows and columns of one load, and warps of one program.
-
-    `ahead` more loads of a program are on their way before it waits for the kernel before it.
-    """
+    """How a matrix is divided: rows and columns of one load, and warps of one program."""
 
     rows: int
     columns: int
     warps: int
-    ahead: int = 0
 
 
 class Blocking(NamedTuple):
     """Blocks of each product of a step; of the attention, positions of one load and parts of the cache.
 
-    While the attention's output is multiplied, `pieces` of 1024 elements from each of the next two matrices
-    are brought to the L2 cache by each program.
+    `early`: a kernel lets the one after it begin before it waits for the one before, so that several fetch
+    their first weights at once.
     """
 
     qkv: Blocks = Blocks(8, 1024, 4)
@@ -31,8 +27,8 @@ class Blocking(NamedTuple):
     gated: Blocks = Blocks(4, 1024, 4)
     down: Blocks = Blocks(8, 1024, 4)
     head: Blocks = Blocks(8, 1024, 4)
-    attend: Blocks = Blocks(64, 16, 4)
-    pieces: int = 0
+    attend: Blocks = Blocks(32, 32, 4)
+    early: bool = True
 
 
 BYTES = Blocking(Blocks(8, 2048, 4), Blocks(8, 2048, 4), Blocks(4, 2048, 4), Blocks(8, 2048, 4))

@@ -4,8 +4,7 @@
 
 A step of a single sequence is bound by reading the weights, so what these kernels are about is keeping
 loads in flight: the first weights of a kernel are fetched before it waits for the kernel before it
-(programmatic dependent launch, `PDL`) and more of them brought to the L2 cache (`AHEAD`, `NEXT`), and the
-next ones while the present ones are summed.
+(programmatic dependent launch, `PDL`), and the next ones while the present ones are summed.
 
 RMSNorm needs no pass of its own: W (x * gain) / rms(x) has the rms as a factor, which each program sums up
 while it reads x. All sums are fp32. Vectors between kernels are fp32.
@@ -19,10 +18,22 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def _at_once(PDL: tl.constexpr):
+    """Where PDL is 2, let the kernel after this one begin to fetch its weights once all of this one runs.
+
+    All of them wait, and a kernel has not ended before its wait has: so whoever waits for the kernel before
+    waits for all those before it.
+    """
+    if PDL == 2:
+        gdc_launch_dependents()
+
+
+@triton.jit
 def _after_previous(PDL: tl.constexpr):
-    """Wait for the kernel before, and let the one after begin to fetch its weights."""
-    if PDL:
+    """Wait for the kernel before, and where PDL is 1, let the one after begin to fetch its weights."""
+    if PDL > 0:
         gdc_wait()
+    if PDL == 1:
         gdc_launch_dependents()
 
 
@@ -35,38 +46,6 @@ def _load_tile(weight, rows, start, N, K: tl.constexpr, BLOCK_K: tl.constexpr, E
         return tl.load(where, mask=start < K, other=0.0, eviction_policy="evict_first")
     inside = (rows < N)[:, None] & (columns < K)[None, :]
     return tl.load(where, mask=inside, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _fetch_rows(weight, rows, N, K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr):
-    """Fetch AHEAD more tiles of these rows, those after the first, to the L2 cache; whole tiles only.
-
-    A row of a tile is one request of one thread: 256 lanes, so that no thread repeats another's.
-    """
-    ROWS: tl.constexpr = rows.shape[0]
-    lane = tl.arange(0, 256)
-    tile, row = 1 + lane // ROWS, tl.min(rows, 0) + lane % ROWS
-    inside = (tile <= AHEAD) & ((tile + 1) * BLOCK_K <= K) & (row < N)
-    _fetch(weight + row.to(tl.int64) * K + tile * BLOCK_K, inside, BLOCK_K)
-
-
-@triton.jit
-def _fetch(where, inside, COUNT: tl.constexpr):
-    """Bring COUNT elements from each of these addresses to the L2 cache; nothing waits for them."""
-    BYTES: tl.constexpr = COUNT * (where.dtype.element_ty.primitive_bitwidth // 8)
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred wanted;
-        setp.ne.s32 wanted, $2, 0;
-        @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [where.to(tl.uint64), tl.where(inside, BYTES, 0)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -123,13 +102,11 @@ def _inverse_rms(squares, K: tl.constexpr, eps):
 def _row_sums(
     weight, rows, N, x, gain, eps,
     K: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Products fp32 [BLOCK_N] of rows of a weight [N, K] with x, normalised where NORM."""
     FOLD: tl.constexpr = 16 // (weight.dtype.element_ty.primitive_bitwidth // 8)
     tile = _load_tile(weight, rows, 0, N, K, BLOCK_K, EVEN)
-    if AHEAD > 0:
-        _fetch_rows(weight, rows, N, K, BLOCK_K, AHEAD)
     _after_previous(PDL)
     value, scaled = _load_vector(x, gain, 0, K, BLOCK_K, NORM)
     sums = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
@@ -156,24 +133,18 @@ def _row_sums(
 
 @triton.jit
 def product(
-    w0, w1, w2, s0, s1, s2, x, gain, y, eps, next0, next1,
+    w0, w1, w2, s0, s1, s2, x, gain, y, eps,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr,
     NORM: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-    NEXT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y [N0 + N1 + N2] = the products of up to three weights [Ni, K] with x; ADD adds them to y.
 
-    SCALED multiplies row i by its scale. Programs: the sum of ceil(Ni / BLOCK_N). Before it waits, each
-    brings to the L2 cache AHEAD tiles of its own, and NEXT pieces of 1024 elements from the beginning of each
-    of two matrices that the kernel after this one reads.
+    SCALED multiplies row i by its scale. Programs: the sum of ceil(Ni / BLOCK_N).
     """
+    _at_once(PDL)
     program = tl.program_id(0)
-    if NEXT > 0:
-        lane = tl.arange(0, 256)
-        piece = (program * NEXT + lane).to(tl.int64) * 1024
-        _fetch(next0 + piece, lane < NEXT, 1024)
-        _fetch(next1 + piece, lane < NEXT, 1024)
     first: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
     second: tl.constexpr = first + (N1 + BLOCK_N - 1) // BLOCK_N
     weight, scale, N, block, offset = w0, s0, N0, program, 0
@@ -183,7 +154,7 @@ def product(
         elif program >= first:
             weight, scale, N, block, offset = w1, s1, N1, program - first, N0
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    result = _row_sums(weight, rows, N, x, gain, eps, K, NORM, BLOCK_N, BLOCK_K, EVEN, AHEAD, PDL)
+    result = _row_sums(weight, rows, N, x, gain, eps, K, NORM, BLOCK_N, BLOCK_K, EVEN, PDL)
     inside = rows < N
     if SCALED:
         result = result * tl.load(scale + rows, mask=inside, other=0.0)
@@ -196,16 +167,14 @@ def product(
 def gated_product(
     gate, up, gate_scale, up_scale, x, gain, y, eps,
     N: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [N] = silu(gate norm(x)) * (up norm(x)), weights [N, K] each."""
+    _at_once(PDL)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     FOLD: tl.constexpr = 16 // (gate.dtype.element_ty.primitive_bitwidth // 8)
     tile0 = _load_tile(gate, rows, 0, N, K, BLOCK_K, EVEN)
     tile1 = _load_tile(up, rows, 0, N, K, BLOCK_K, EVEN)
-    if AHEAD > 0:
-        _fetch_rows(gate, rows, N, K, BLOCK_K, AHEAD)
-        _fetch_rows(up, rows, N, K, BLOCK_K, AHEAD)
     _after_previous(PDL)
     value, scaled = _load_vector(x, gain, 0, K, BLOCK_K, True)
     sums0 = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
@@ -242,12 +211,13 @@ def gated_product(
 def vocabulary(
     weight, x, gain, logits, best, best_at, eps,
     N: tl.constexpr, K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits fp32 [N] = weight [N, K] norm(x), and of every block of rows the largest and where it is."""
+    _at_once(PDL)
     block = tl.program_id(0)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    result = _row_sums(weight, rows, N, x, gain, eps, K, True, BLOCK_N, BLOCK_K, EVEN, AHEAD, PDL)
+    result = _row_sums(weight, rows, N, x, gain, eps, K, True, BLOCK_N, BLOCK_K, EVEN, PDL)
     inside = rows < N
     tl.store(logits + rows, result, mask=inside)
     result = tl.where(inside, result, float("-inf"))
@@ -261,6 +231,7 @@ def begin(
     D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x fp32 [D] = the token's embedding; cos and sin [HALF] of its rotary angles position * frequency."""
+    _at_once(PDL)
     _after_previous(PDL)
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -316,7 +287,7 @@ def _attend_tile(q_low, q_high, low, high, value, top, total, mixed, count, scal
 def attend(
     qkv, q_gain, k_gain, cosine, sine, keys, values, length_at, sums, parts, arrived, y, scale, eps, capacity,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    LANES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one new position over the cache and itself, whose key and value it also appends.
 
@@ -331,10 +302,10 @@ def attend(
         y: fp32 [HEADS * 2 HALF].
         ROWS: at least HEADS / KV_HEADS, and 16: what a matrix product takes.
         LANES: HEADS / KV_HEADS, rounded up to a power of two.
-        AHEAD: loads of positions beyond the first that are brought to the L2 cache before it waits.
     """
     DIM: tl.constexpr = 2 * HALF
     GROUP: tl.constexpr = HEADS // KV_HEADS
+    _at_once(PDL)
     head, split = tl.program_id(0), tl.program_id(1)
     cache = head.to(tl.int64) * capacity * DIM
     # What lies in the cache was there before the kernel before this one began.
@@ -343,11 +314,6 @@ def attend(
     start = split * share
     stop = tl.minimum(start + share, length)
     low, high, value = _load_kv(keys, values, cache, start, stop, HALF, BLOCK_T)
-    if AHEAD > 0:
-        later = start + BLOCK_T + tl.arange(0, 256)
-        wanted = (later < stop) & (tl.arange(0, 256) < AHEAD * BLOCK_T)
-        _fetch(keys + cache + later.to(tl.int64) * DIM, wanted, DIM)
-        _fetch(values + cache + later.to(tl.int64) * DIM, wanted, DIM)
     _after_previous(PDL)
     half, whole = tl.arange(0, HALF), tl.arange(0, DIM)
     cos, sin = tl.load(cosine + half)[None, :], tl.load(sine + half)[None, :]

@@ -94,7 +94,8 @@ class KernelStep:
         self, kernel: Any, grid: tuple[int, ...], warps: int, arguments: Any, constants: dict[str, Any]
     ) -> None:
         options = {"launch_pdl": True} if self._pdl else {}
-        given = constants | {"PDL": self._pdl, "num_warps": warps} | options
+        dependent = (2 if self._blocking.early else 1) if self._pdl else 0
+        given = constants | {"PDL": dependent, "num_warps": warps} | options
         if self._compile_only:
             kernel.warmup(*arguments, grid=grid, **given)
         else:
@@ -124,7 +125,7 @@ class KernelStep:
         qkv = (layer.query, layer.key, layer.value)
         self._product(blocking.qkv, qkv, slot.x, layer.attention_gain, slot.qkv)
         self._attend(slot, layer, kv)
-        self._product(blocking.out, (layer.out,), slot.mixed, None, slot.x, (layer.gate, layer.up))
+        self._product(blocking.out, (layer.out,), slot.mixed, None, slot.x)
         self._gated(blocking.gated, layer, slot)
         self._product(blocking.down, (layer.down,), slot.mlp, None, slot.x)
 
@@ -135,12 +136,8 @@ class KernelStep:
         x: Tensor,
         gain: Tensor | None,
         y: Tensor,
-        following: tuple[Matrix, ...] = (),
     ) -> None:
-        """Y = the products of these matrices with the normalised x; without a gain, y += the product.
-
-        What follows is read by the next kernel, and fetched in part.
-        """
+        """Y = the products of these matrices with the normalised x; without a gain, y += the product."""
         three = [*matrices, matrices[0], matrices[0]][:3]
         rows = [*(m.rows for m in matrices), 0, 0][:3]
         values = [m.values for m in three]
@@ -149,23 +146,14 @@ class KernelStep:
         constants |= {"K": matrices[0].columns, "NORM": gain is not None, "ADD": gain is None}
         constants |= self._constants(blocks, matrices)
         grid = (sum(-(-count // blocks.rows) for count in rows),)
-        constants["NEXT"] = self._pieces(following, grid[0])
         gains = x if gain is None else gain
-        coming = [m.values for m in following or (matrices[0], matrices[0])]
-        arguments = (*values, *scales, x, gains, y, self._weights.eps, *coming)
+        arguments = (*values, *scales, x, gains, y, self._weights.eps)
         self._launch(self._kernels.product, grid, blocks.warps, arguments, constants)
-
-    def _pieces(self, following: tuple[Matrix, ...], programs: int) -> int:
-        """How many pieces each program fetches of each of these matrices, as far as they go."""
-        if not (following and self._pdl):
-            return 0
-        whole = min(m.values.numel() for m in following) // 1024
-        return min(self._blocking.pieces, whole // programs)
 
     def _constants(self, blocks: Blocks, matrices: tuple[Matrix, ...]) -> dict[str, Any]:
         even, scaled = is_even(blocks, matrices), matrices[0].scale is not None
         made: dict[str, Any] = {"BLOCK_N": blocks.rows, "BLOCK_K": blocks.columns, "EVEN": even}
-        return made | {"SCALED": scaled, "AHEAD": blocks.ahead if even and self._pdl else 0}
+        return made | {"SCALED": scaled}
 
     def _gated(self, blocks: Blocks, layer: TextLayer, slot: Slot) -> None:
         gate, up = layer.gate, layer.up
@@ -187,9 +175,9 @@ class KernelStep:
         lanes = 1 << (heads // kv_heads - 1).bit_length()
         constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": width // 2}
         constants |= {"ROWS": max(16, lanes), "LANES": lanes}
-        positions, splits, warps, ahead = self._blocking.attend
+        positions, splits, warps = self._blocking.attend
         assert splits <= MOST_SPLITS, f"{splits} parts"
-        constants |= {"SPLITS": splits, "BLOCK_T": positions, "AHEAD": ahead if self._pdl else 0}
+        constants |= {"SPLITS": splits, "BLOCK_T": positions}
         self._launch(self._kernels.attend, (kv_heads, splits), warps, arguments, constants)
 
     def _head(self, slot: Slot) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arrcoc.text import TextWeights
 
-MOST_SPLITS = 32
+MOST_SPLITS = 64
 """Most parts that the attention of a step divides the cache into."""
 _LEAST_CAPACITY = 1024
 
