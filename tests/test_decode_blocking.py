@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 
 from arrcoc.decode import quantize_text
-from arrcoc.decode.blocking import BYTES, Blocking, Blocks, blocking_for, is_even
+from arrcoc.decode.blocking import (
+    BYTES,
+    NARROW,
+    NARROW_COLUMNS,
+    Blocking,
+    Blocks,
+    blocking_for,
+    is_even,
+)
 from arrcoc.decode.launch import KernelStep
 from arrcoc.decode.slots import Slot
 from arrcoc.qwen import load
@@ -62,9 +71,14 @@ def test_even(columns: tuple[int, int], rows: tuple[int, int], even: bool) -> No
 
 def test_weights_of_one_byte_have_blocks_of_their_own(qwen) -> None:
     pytest.importorskip("torchao")
-    assert blocking_for(qwen.text) == Blocking()
+    assert blocking_for(qwen.text) == NARROW
     quantize_text(qwen, "int8")
-    assert blocking_for(qwen.text) == BYTES != Blocking()
+    assert blocking_for(qwen.text) == BYTES != NARROW
+
+
+def test_wide_layers_have_blocks_of_their_own(qwen) -> None:
+    wide = replace(qwen.text, embedding=torch.empty(2, NARROW_COLUMNS + 64))
+    assert blocking_for(wide) == Blocking() != NARROW
 
 
 @pytest.mark.parametrize("early", [False, True])

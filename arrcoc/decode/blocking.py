@@ -22,26 +22,30 @@ class Blocking(NamedTuple):
     their first weights at once.
     """
 
-    qkv: Blocks = Blocks(8, 1024, 4)
+    qkv: Blocks = Blocks(16, 512, 4)
     out: Blocks = Blocks(8, 1024, 4)
     gated: Blocks = Blocks(4, 1024, 4)
     down: Blocks = Blocks(8, 1024, 4)
-    head: Blocks = Blocks(8, 1024, 4)
+    head: Blocks = Blocks(8, 2048, 8)
     attend: Blocks = Blocks(32, 32, 4)
     early: bool = True
 
 
+NARROW = Blocking(Blocks(4, 2048, 4), Blocks(4, 2048, 4), Blocks(2, 2048, 4), Blocks(4, 2048, 4))
+"""For layers of bfloat16 that are at most `NARROW_COLUMNS` wide: a row is one load."""
+NARROW_COLUMNS = 2048
 BYTES = Blocking(Blocks(8, 2048, 4), Blocks(8, 2048, 4), Blocks(4, 2048, 4), Blocks(8, 2048, 4))
 """For layers of int8 or float8: loads of as many bytes as those of bfloat16."""
 
 
 def blocking_for(weights: TextWeights) -> Blocking:
-    """The blocks that `KernelStep` takes by itself.
+    """The blocks that `KernelStep` takes by itself: those fastest at Qwen3-VL's 2B and 8B on an H200.
 
-    For bfloat16, none of those tried on an H200 (`benchmarks/decode.py`, section sweep) was faster than the
-    usual ones, at Qwen3-VL's 2B or 8B, by more than equal runs differ.
+    `benchmarks/decode.py`, section sweep, tries others.
     """
-    return BYTES if weights.layers[0].query.values.element_size() == 1 else Blocking()
+    if weights.layers[0].query.values.element_size() == 1:
+        return BYTES
+    return NARROW if weights.embedding.shape[1] <= NARROW_COLUMNS else Blocking()
 
 
 def is_even(blocks: Blocks, matrices: tuple[Matrix, ...]) -> bool:
