@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from arrcoc.cache import TileCache, TileKey, arrange, upload
+from arrcoc.cache import Found, TileCache, TileKey, arrange, upload
 from arrcoc.lod import LodEngine
-from arrcoc.records import Frame, Lod, Tiles
+from arrcoc.records import Features, Frame, Lod, Tiles
+from arrcoc.streams import parallel
 
 CutTiles = Callable[[Frame, int, Tensor, int], Tensor]
 """(frame, edge of a tile in pixels, raster indices [K], margin in pixels) to uint8 [K, 3, e, e]."""
 HashTiles = Callable[[Tensor], Tensor]
 """uint8 [K, 3, e, e] to int64 [K, 4]."""
 Content = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """The tiles of one LOD: what the cache had, and where the others stand.
+
+    Attributes:
+        lod: of all of them.
+        index: int64 [K], raster indices.
+        relevance: of each.
+        found: what the cache had.
+        missing: places of the others by key; tiles with the same pixels have one.
+        pixels: what the engine takes for each missing key; None where none is missing.
+    """
+
+    lod: Lod
+    index: Tensor
+    relevance: list[float]
+    found: Found
+    missing: dict[TileKey, list[int]]
+    pixels: Tensor | None
 
 
 class TileEncoder:
@@ -62,10 +86,12 @@ class TileEncoder:
         asked = {lod: index for lod, index in wanted.items() if len(index)}
         windows = {lod: self._pixels(frame, lod, index) for lod, index in asked.items()} if self._halo else {}
         contents = self._contents(frame, asked, windows)
-        return [
-            self._encode_lod(frame, lod, index, contents[lod], flat, windows.get(lod))
+        orders = [
+            self._order(frame, lod, index, contents[lod], flat, windows.get(lod))
             for lod, index in asked.items()
         ]
+        fresh = self._run(orders)
+        return [self._filled(order, fresh.get(order.lod)) for order in orders]
 
     @torch.inference_mode()
     def prefetch(
@@ -132,7 +158,7 @@ class TileEncoder:
         found = iter([(a, b, c, d) for a, b, c, d in rows])
         return {lod: list(islice(found, len(index))) for lod, index in asked.items()}
 
-    def _encode_lod(
+    def _order(
         self,
         frame: Frame,
         lod: Lod,
@@ -140,25 +166,42 @@ class TileEncoder:
         contents: list[Content],
         relevance: list[float],
         window: Tensor | None,
-    ) -> Tiles:
-        """Tiles of one LOD; `window` holds their pixels where they are cut already."""
-        engine = self._engines[lod]
-        keys = [TileKey(content, int(lod), engine.fingerprint) for content in contents]
+    ) -> _Order:
+        """Look the tiles of one LOD up, and cut the others; `window` holds pixels that are cut already."""
+        keys = [TileKey(content, int(lod), self._engines[lod].fingerprint) for content in contents]
         weights = [relevance[tile] for tile in index.tolist()]
         found = self._cache.get(keys, weights, frame.pixels.device)
         missing = _places(keys, set(range(len(keys))).difference(found.places))
-        if not missing:
-            assert found.features is not None, "every key is found or missing"
-            return Tiles(lod, engine.side, index, found.features)
+        assert missing or found.features is not None, "every key is found or missing"
         # Tiles with the same pixels, such as a page's blank ones, are encoded once.
         first = [places[0] for places in missing.values()]
-        fresh = engine.encode(self._chosen(frame, lod, index, window, first))
-        self._cache.put(list(missing), fresh, [sum(weights[p] for p in ps) for ps in missing.values()])
+        pixels = self._chosen(frame, lod, index, window, first) if first else None
+        return _Order(lod, index, weights, found, missing, pixels)
+
+    def _run(self, orders: Sequence[_Order]) -> dict[Lod, Features]:
+        """Encode what is missing: LODs in memory of their own side by side, then the others in turn."""
+        given = {order.lod: order.pixels for order in orders if order.pixels is not None}
+        apart = [lod for lod, pixels in given.items() if len(pixels) <= self._engines[lod].apart]
+        made: dict[Lod, Features] = {}
+        if len(apart) > 1:
+            tasks = [partial(self._engines[lod].encode, given[lod]) for lod in apart]
+            made = dict(zip(apart, parallel(tasks, given[apart[0]].device), strict=True))
+        return made | {lod: self._engines[lod].encode(given[lod]) for lod in given if lod not in made}
+
+    def _filled(self, order: _Order, fresh: Features | None) -> Tiles:
+        """An order's tiles, known and fresh, in the order asked; the fresh ones are stored."""
+        side, found, missing = self._engines[order.lod].side, order.found, order.missing
+        if fresh is None:
+            assert found.features is not None, "nothing is missing"
+            return Tiles(order.lod, side, order.index, found.features)
+        gains = [sum(order.relevance[place] for place in places) for places in missing.values()]
+        self._cache.put(list(missing), fresh, gains)
         parts = [fresh] if found.features is None else [found.features, fresh]
-        order = {place: row for row, place in enumerate(found.places)}
+        rows = {place: row for row, place in enumerate(found.places)}
         for row, places in enumerate(missing.values(), len(found.places)):
-            order |= dict.fromkeys(places, row)
-        return Tiles(lod, engine.side, index, arrange(parts, [order[place] for place in range(len(keys))]))
+            rows |= dict.fromkeys(places, row)
+        arranged = arrange(parts, [rows[place] for place in range(len(order.index))])
+        return Tiles(order.lod, side, order.index, arranged)
 
     def _chosen(
         self, frame: Frame, lod: Lod, index: Tensor, window: Tensor | None, places: list[int]

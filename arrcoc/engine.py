@@ -62,7 +62,7 @@ class Engine:
         self._cache = open_cache(base)
         quantize_text(qwen, base.decode_weights)
         self._decoder: Decoder = make_decoder(qwen, base)
-        self._batch = BatchDecoder(qwen, base.prefill_chunk, base.decode_bytes)
+        self._batch = BatchDecoder(qwen, base.prefill_chunk, base.decode_bytes, base.decoder != "eager")
         self._head = _texture_head(qwen, base)
         self._prefixes = PrefixStore(base.prefix_bytes, base.cache_half_life)
         on = base.prefetch == "on" or (base.prefetch == "auto" and qwen.device.type == "cuda")
@@ -288,7 +288,7 @@ class Engine:
             self._decoder.backend,
             self._cache.stats(),
             self._prefixes.stats(),
-            self._notes,
+            [*self._notes, *self._batch.notes()],
         )
 
     def _check(self, question: object) -> str:

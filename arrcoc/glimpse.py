@@ -16,11 +16,13 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from arrcoc.attention_probe import attention_shares, probe_layers, relative, tile_shares
 from arrcoc.config import Config
-from arrcoc.glimpse_tail import Tails, attention_shares, probe_layers, relative, tile_shares
+from arrcoc.glimpse_tail import Tails
 from arrcoc.lod.joint import joint_tower
 from arrcoc.lod.tower import StaticTower, geometry
-from arrcoc.prefixes import Prefix, Probe, start
+from arrcoc.prefix_graph import FirstLooks, rendered
+from arrcoc.prefixes import Prefix
 from arrcoc.qwen import QwenVL
 from arrcoc.records import Features, Frame, Grid, Query, Texture
 from arrcoc.transfer import to_device
@@ -43,12 +45,20 @@ class JointGlimpse:
         """Features of the frame at LOD background: `encode_pixels` of `frame.background`."""
         return self.encode_pixels(frame.background)
 
+    def describe(self) -> str:
+        """How images are encoded, in words."""
+        fused = self._fused
+        return "the stock weights" if fused is None else f"fused kernels, {fused.describe()}"
+
     @torch.inference_mode()
     def encode_pixels(self, pixels: Tensor) -> Features:
         """Features of an image uint8 [3, h, w]: K = 1, one token per token_px square, raster order."""
-        if self._fused is not None:
+        fused = self._fused
+        if fused is not None:
             try:
-                return self._fused.encode(pixels[None])
+                return fused.encode(pixels[None])
+            except torch.OutOfMemoryError as error:  # another image, or another time, there may be enough
+                _LOG.warning("a glimpse is encoded without fused kernels: %s", error)
             except Exception as error:  # whatever a kernel's compiler, its driver or CUDA raises
                 self._fused = None
                 _LOG.warning("glimpses are encoded without fused kernels: %s", error)
@@ -120,39 +130,12 @@ class GlimpseScorer:
         return self.prefix
 
     def _prompt(self, question: str) -> tuple[list[int], list[int]]:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        head, tail = self._qwen.render([{"role": "user", "content": content}])
-        return head, tail
+        return rendered(self._qwen, question)
 
-    @torch.inference_mode()
     def _run_prefix(self) -> Prefix:
         """Head, glimpse and generic prompt in one pass: no row sees those after it."""
-        head, tail = self._prompt(self._config.generic_prompt)
-        begin, length = len(head), len(head) + self._glimpse.tokens.shape[1]
-        steps = torch.arange(len(tail)).float() + begin + self._extent
-        positions = to_device(steps.expand(3, -1), self._qwen.device)
-        excluded, queries = dict[int, Tensor](), dict[int, Tensor]()
-
-        def observe(layer: int, hidden: Tensor) -> None:
-            if layer in self._layers:
-                norms = hidden[0, begin:length].float().norm(dim=-1)
-                excluded[layer] = sinks(norms, self._config.sink_ratio)
-                queries[layer] = self._qwen.queries(layer, hidden[:, length:], positions)
-
-        prefix = start(
-            self._qwen,
-            head,
-            self._glimpse,
-            self._where,
-            self._extent,
-            self._layers[-1] + 1,
-            tail=tail,
-            observe=observe,
-            float8=self._config.prefix_dtype == "float8",
-        )
-        generic = [self._shares(prefix.layer(n)[0], prefix, queries[n], excluded[n]) for n in self._layers]
-        prefix.probe = Probe(excluded, torch.stack(generic).mean(0))
-        return prefix
+        looks = FirstLooks(self._qwen, self._config) if self._tails is None else self._tails.looks
+        return looks.look(*looks.prompt, self._glimpse, self._where, self._extent)
 
     @torch.inference_mode()
     def _attention(self, prefix: Prefix, tail: Sequence[int]) -> Tensor:
@@ -180,8 +163,3 @@ class GlimpseScorer:
 
     def _tile_shares(self, attention: Tensor) -> Tensor:
         return tile_shares(attention, self._grid, self._config.sides[0])
-
-
-def sinks(norms: Tensor, ratio: float) -> Tensor:
-    """Which tokens are attention sinks, bool [m]: those whose norm exceeds `ratio` times the median."""
-    return norms > ratio * norms.median()

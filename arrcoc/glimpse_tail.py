@@ -18,12 +18,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from einops import reduce
 from torch import Tensor
 
+from arrcoc.attention_probe import attention_shares, probe_layers, relative, tile_shares
 from arrcoc.capture import captured
 from arrcoc.config import Config
 from arrcoc.kv import KvCache
+from arrcoc.prefix_graph import FirstLooks
 from arrcoc.prefixes import Prefix
 from arrcoc.qwen import QwenVL
 from arrcoc.records import Grid
@@ -67,6 +68,7 @@ class Tails:
         """
         self._qwen, self._side, self._gain = qwen, config.sides[0], config.attention_gain
         self._layers = probe_layers(config.probe_depth, qwen.n_layers)
+        self.looks = FirstLooks(qwen, config)
         self._lock = threading.Lock()
         self._passes: OrderedDict[Shape, TailPass] = OrderedDict()
         self.failure, self._captures = "", qwen.device.type == "cuda"
@@ -74,11 +76,13 @@ class Tails:
         self._first: torch.cuda.CUDAGraph | None = None
         if self._captures:
             self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._stream = torch.cuda.Stream(qwen.device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
 
     def describe(self) -> str:
-        """How questions are read, in words."""
+        """How questions and first looks are launched, in words."""
+        return f"{self._describe()}; first looks: {self.looks.describe()}"
+
+    def _describe(self) -> str:
         if not self._captures:
             return "not captured"
         if self.failure:
@@ -150,8 +154,11 @@ class Tails:
         """Captured when it is met for the second time, as only what has run before can be."""
         if self._captures and not self.failure and made.may_capture(size):
             try:
-                made.graphs[size] = captured(partial(made.compute, size), self._stream, self._pool)
+                made.graphs[size] = captured(partial(made.compute, size), self._qwen.device, self._pool)
                 self._first = self._first or made.graphs[size][0]
+            except torch.OutOfMemoryError:  # another time there may be enough
+                made.forget(size)
+                return made.compute(size)
             except RuntimeError as error:
                 self.failure = str(error).strip().splitlines()[0]
                 _LOG.warning("questions are read without CUDA graphs: %s", self.failure)
@@ -202,14 +209,19 @@ class TailPass:
         """Whether a size has run but is not captured yet."""
         return size in self._ran and size not in self.graphs
 
+    def forget(self, size: int) -> None:
+        """Take a size as one that has not run."""
+        self._ran.discard(size)
+
     def load(self, prefix: Prefix, tail: Sequence[int]) -> None:
         """Take over a prefix, unless it is there already, and a tail of at least two tokens."""
         if self._holds is None or self._holds() is not prefix:
-            assert prefix.probe is not None, "prepared"
+            probe = prefix.probe
+            assert probe is not None, "prepared"
             prefix.load_into(self._kv)
             for row, layer in zip(self._excluded, self._layers, strict=True):
-                row.copy_(prefix.probe.excluded[layer])
-            self._generic.copy_(prefix.probe.generic)
+                row.copy_(probe.excluded[layer])
+            self._generic.copy_(probe.generic)
             self._holds = weakref.ref(prefix)
         spare = [0] * (len(self._given) - 1 - len(tail))
         self._given.copy_(to_device(torch.tensor([*tail, *spare, len(tail)]), self._given.device))
@@ -244,40 +256,3 @@ class TailPass:
         there, anyhow = torch.stack(seen).mean(0), self._generic
         grid, side = self._shape.grid, self._side
         return relative(tile_shares(there, grid, side), tile_shares(anyhow, grid, side), self._gain)
-
-
-def probe_layers(depth: Sequence[float], n_layers: int) -> list[int]:
-    """Layer numbers at fractions of the depth, ascending, each once."""
-    return sorted({min(int(fraction * n_layers), n_layers - 1) for fraction in depth})
-
-
-def attention_shares(query: Tensor, keys: Tensor, excluded: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Mean attention of rows to image tokens, normalised over the tokens that are not excluded.
-
-    Args:
-        query: [heads, rows, head_dim], rotated.
-        keys: [kv_heads, m, head_dim], rotated; query heads are grouped over them in order.
-        excluded: bool [m].
-        rows: fp32 [rows], what each row weighs in the mean, 1 in all; None for all alike.
-
-    Returns:
-        fp32 [m], sums to 1 (0 everywhere if all are excluded).
-    """
-    kv_heads, m, width = keys.shape
-    grouped = query.float().reshape(kv_heads, -1, width)
-    scores = grouped @ keys.float().transpose(1, 2) / width**0.5
-    weights: Tensor = scores.masked_fill(excluded, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
-    if rows is None:
-        return weights.mean(dim=(0, 1))
-    return rows @ weights.view(-1, len(rows), m).mean(0)
-
-
-def tile_shares(attention: Tensor, grid: Grid, side: int) -> Tensor:
-    """Sum over each tile's glimpse tokens: [m] to [R, C]."""
-    return reduce(attention, "(r i c j) -> r c", "sum", r=grid.rows, i=side, c=grid.cols, j=side)
-
-
-def relative(asked: Tensor, anyhow: Tensor, gain: float) -> Tensor:
-    """asked**gain / (asked**gain + anyhow**gain), 0.5 where neither looks."""
-    floor = torch.finfo(torch.float32).tiny
-    return torch.sigmoid(gain * (asked.clamp_min(floor).log() - anyhow.clamp_min(floor).log()))

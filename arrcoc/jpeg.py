@@ -142,7 +142,7 @@ def _scan(data: bytes) -> int | None:
         if marker == 0xFF:
             at += 1
             continue
-        length = int.from_bytes(data[at + 2 : at + 4])
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
         body = data[at + 4 : at + 2 + length]
         if marker in _OTHER_FRAMES or marker in _BARE_MARKERS or length < 2 or len(body) != length - 2:
             return None

@@ -175,7 +175,7 @@ class Pipeline:
 
     def describe_plan_stage(self) -> str:
         """How frames are measured and judged, in words."""
-        return self._judging.describe()
+        return f"{self._judging.describe()}; glimpses: {self._overviews.describe()}"
 
     def token_range(self, pixels: Tensor) -> tuple[int, int]:
         """The least and the most tokens that an image uint8 [3, h, w] can be encoded to."""

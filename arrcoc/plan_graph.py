@@ -260,7 +260,7 @@ def _capture(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cud
         for _ in range(_WARM_UP):
             run()
     caller.wait_stream(side)
-    return captured(run, side)
+    return captured(run, device)
 
 
 def _as_row(tension: Tensor | float, like: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Observe = Callable[[int, Tensor], None]
 
+Rest = Callable[[Tensor], Tensor | None]
+"""Runs the remaining layers over hidden rows as `run_rest` does; None where the prefix is to do it."""
+
 _FLOAT8 = torch.float8_e4m3fn
 _FLOAT8_MAX = torch.finfo(_FLOAT8).max
 
@@ -78,10 +81,8 @@ class Prefix:
 
     Attributes:
         head: token ids before the overview.
-        features: the overview: K = 1, m tokens.
         positions: fp32 [3, length].
         next_position: position of the text after the image.
-        probe: what the glimpse scorer keeps; None where it has not looked.
         length: positions held.
         nbytes: bytes on the device once all layers have run.
     """
@@ -97,6 +98,8 @@ class Prefix:
         depth: int,
         n_layers: int,
         float8: bool = False,
+        probe: Probe | None = None,
+        rest: Rest | None = None,
     ) -> None:
         """Take over the beginning of a prompt that ran through the first layers.
 
@@ -110,17 +113,32 @@ class Prefix:
             depth: layers run so far.
             n_layers: layers of the decoder.
             float8: whether keys and values are kept in float8 e4m3, with a scale for each head of each layer.
+            probe: what the glimpse scorer keeps, if it has looked.
+            rest: a faster way to run the remaining layers, if there is one.
         """
-        self.head, self.features, self.positions = tuple(head), features, positions
-        self.next_position = next_position
-        self.probe: Probe | None = None
+        self.head, self._features, self.positions = tuple(head), features, positions
+        self.next_position, self._probe = next_position, probe
         self.length = int(positions.shape[1])
         self._hidden: Tensor | None = hidden
+        self._rest = rest
         self._dtype, self._float8, self._n_layers = hidden.dtype, float8, n_layers
         self._lock = threading.Lock()
-        self._parts = [self._part(0, cache)]
+        self._parts = [self._part(0, cache.block(self.length))]
         kv = self._parts[0].block.untyped_storage().nbytes() * n_layers // max(depth, 1)
         self.nbytes = kv + hidden.nbytes + features.tokens.nbytes + features.deepstack.nbytes
+
+    @property
+    def features(self) -> Features:
+        """The overview, for use on the current stream: K = 1, m tokens."""
+        self._arrive(self._features.tokens, self._features.deepstack)
+        return self._features
+
+    @property
+    def probe(self) -> Probe | None:
+        """What the glimpse scorer keeps, for use on the current stream; None where it has not looked."""
+        if self._probe is not None:
+            self._arrive(self._probe.generic, *self._probe.excluded.values())
+        return self._probe
 
     @property
     def depth(self) -> int:
@@ -144,21 +162,20 @@ class Prefix:
                 return
             hidden, depth = self._hidden, self.depth
             if depth < self._n_layers:
-                self._parts[-1].read(0)  # what made the hidden rows made these keys too
-                cache = KvCache(self._n_layers, self.length, first=depth)
-                vision = torch.arange(self.image.start, self.image.stop, device=hidden.device)
-                rest = range(depth, self._n_layers)
+                self._arrive(hidden, self.positions)
                 planes = self.features.deepstack[:, 0]
                 with torch.inference_mode():
-                    qwen.run_layers(hidden, self.positions, cache, rest, vision=vision, deepstack=planes)
-                    self._parts = [*self._parts, self._part(depth, cache)]
-            self._hidden = None
+                    block = None if self._rest is None else self._rest(hidden)
+                    if block is None:
+                        block = run_rest(qwen, hidden, planes, self.positions, self.image.start, depth)
+                    self._parts = [*self._parts, self._part(depth, block)]
+            self._hidden = self._rest = None
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
         """Rotated keys and values [1, kv_heads, length, head_dim] of one layer; not to be written to."""
         part = next(part for part in self._parts if part.first <= number < part.stop)
         block, scale = part.read(number - part.first + 1)
-        both = block[-1] if scale is None else _widened(block[-1], scale[-1], self._dtype)
+        both = block[-1] if scale is None else widened(block[-1], scale[-1], self._dtype)
         return both[0][None], both[1][None]
 
     def load_into(self, buffer: Tensor) -> None:
@@ -173,7 +190,7 @@ class Prefix:
             target = buffer[part.first : part.stop, :, :, : self.length]
             if len(target):
                 block, scale = part.read(len(target))
-                target.copy_(block if scale is None else _widened(block, scale, self._dtype))
+                target.copy_(block if scale is None else widened(block, scale, self._dtype))
 
     def fork(self, capacity: int, layers: int | None = None) -> KvCache:
         """A cache of one's own that begins with this prefix.
@@ -190,15 +207,24 @@ class Prefix:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Mark every tensor as used by a stream other than the one that it was made on."""
-        held = [self.positions, self.features.tokens, self.features.deepstack]
+        held = [self.positions, self._features.tokens, self._features.deepstack]
         held += [] if self._hidden is None else [self._hidden]
         held += [t for part in self._parts for t in (part.block, part.scale) if t is not None]
-        held += [] if self.probe is None else [self.probe.generic, *self.probe.excluded.values()]
+        held += [] if self._probe is None else [self._probe.generic, *self._probe.excluded.values()]
         for tensor in held:
             tensor.record_stream(stream)
 
-    def _part(self, first: int, cache: KvCache) -> _Part:
-        block, scale, ready = cache.block(self.length), None, None
+    def _arrive(self, *tensors: Tensor) -> None:
+        """Have the current stream wait for what made this prefix, and mark tensors as used by it."""
+        ready = self._parts[0].ready
+        if ready is not None:
+            stream = torch.cuda.current_stream(tensors[0].device)
+            stream.wait_event(ready)
+            for tensor in tensors:
+                tensor.record_stream(stream)
+
+    def _part(self, first: int, block: Tensor) -> _Part:
+        scale, ready = None, None
         if self._float8:
             block, scale = narrowed(block)
         if block.device.type == "cuda":
@@ -214,9 +240,6 @@ def start(
     where: Tensor,
     extent: float,
     depth: int,
-    *,
-    tail: Sequence[int] = (),
-    observe: Observe | None = None,
     float8: bool = False,
 ) -> Prefix:
     """Run head and overview through the decoder's first layers.
@@ -228,29 +251,88 @@ def start(
         where: fp32 [2, m], positions of its tokens in the frame.
         extent: what the image adds to the text position after it.
         depth: layers to run.
-        tail: token ids after the overview that take part in the run, seen by `observe`, and are forgotten.
-        observe: as for `QwenVL.run_layers`; sees the tail's rows too.
         float8: as for `Prefix`.
     """
-    tokens, begin = features.tokens[0], len(head)
-    length, n_tail = begin + len(tokens), len(tail)
+    begin, length = len(head), len(head) + features.tokens.shape[1]
+    positions = to_device(rows(where, begin, extent), features.tokens.device)
+    cache = KvCache(depth, capacity=length)
+    hidden = run_rows(qwen, qwen.embed(head), features, positions, begin, cache, depth)
+    return Prefix(head, features, positions, begin + extent, hidden, cache, depth, qwen.n_layers, float8)
+
+
+def rows(where: Tensor, begin: int, extent: float, n_tail: int = 0) -> Tensor:
+    """Positions of head, overview and tail, fp32 [3, begin + m + n_tail] on the CPU.
+
+    Args:
+        where: fp32 [2, m], positions of the overview's tokens in the frame.
+        begin: tokens of the head.
+        extent: what the image adds to the text position after it.
+        n_tail: tokens of the tail.
+    """
     placed = torch.cat((torch.zeros_like(where[:1]), where)) + begin
     text = torch.arange(max(begin, n_tail)).float().expand(3, -1)
-    rows = torch.cat((text[:, :begin], placed, text[:, :n_tail] + begin + extent), dim=1)
-    positions = to_device(rows, tokens.device)
-    words = qwen.embed([*head, *tail])
-    cache = KvCache(depth, capacity=length + n_tail)
-    hidden = qwen.run_layers(
+    return torch.cat((text[:, :begin], placed, text[:, :n_tail] + begin + extent), dim=1)
+
+
+def run_rows(
+    qwen: QwenVL,
+    words: Tensor,
+    features: Features,
+    positions: Tensor,
+    begin: int,
+    cache: KvCache,
+    depth: int,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Run head, overview and tail through the first layers, reading nothing but the device's memory.
+
+    Args:
+        qwen: the checkpoint.
+        words: [begin + n_tail, D], embeddings of head and tail.
+        features: the overview: K = 1, m tokens.
+        positions: fp32 [3, begin + m + n_tail].
+        begin: tokens of the head.
+        cache: empty.
+        depth: layers to run.
+        observe: as for `QwenVL.run_layers`.
+
+    Returns:
+        [1, begin + m + n_tail, D], input of layer `depth`.
+    """
+    tokens = features.tokens[0]
+    return qwen.run_layers(
         torch.cat((words[:begin], tokens, words[begin:]))[None],
         positions,
         cache,
         range(depth),
-        vision=torch.arange(begin, length, device=tokens.device),
+        vision=torch.arange(begin, begin + len(tokens), device=tokens.device),
         deepstack=features.deepstack[:, 0],
         observe=observe,
     )
-    kept, hidden = positions[:, :length], hidden[:, :length]
-    return Prefix(head, features, kept, begin + extent, hidden, cache, depth, qwen.n_layers, float8)
+
+
+def run_rest(
+    qwen: QwenVL, hidden: Tensor, planes: Tensor, positions: Tensor, begin: int, depth: int
+) -> Tensor:
+    """Run head and overview through the layers from `depth` on, reading nothing but the device's memory.
+
+    Args:
+        qwen: the checkpoint.
+        hidden: [1, length, D], input of layer `depth`.
+        planes: [L, m, D], DeepStack planes of the overview.
+        positions: fp32 [3, length].
+        begin: tokens of the head.
+        depth: layers run so far.
+
+    Returns:
+        Keys and values [n_layers - depth, 2, kv_heads, length, head_dim].
+    """
+    length = hidden.shape[1]
+    cache = KvCache(qwen.n_layers, length, first=depth)
+    vision = torch.arange(begin, length, device=hidden.device)
+    rest = range(depth, qwen.n_layers)
+    qwen.run_layers(hidden, positions, cache, rest, vision=vision, deepstack=planes)
+    return cache.block(length)
 
 
 def narrowed(block: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,5 +345,6 @@ def narrowed(block: Tensor) -> tuple[Tensor, Tensor]:
     return (block.float() / scale).clamp_(-_FLOAT8_MAX, _FLOAT8_MAX).to(_FLOAT8), scale
 
 
-def _widened(block: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def widened(block: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `narrowed` made, in another precision."""
     return (block.float() * scale).to(dtype)

@@ -7,7 +7,7 @@ encoded tile); n vision tokens; L DeepStack planes; D width of the text model; S
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import Enum, IntEnum
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,7 +22,13 @@ class Lod(IntEnum):
     HIGH = 3
 
 
-class Layout(StrEnum):
+class _Word(str, Enum):
+    """A string with a name; it prints as the string, as `enum.StrEnum` of Python 3.11 does."""
+
+    __str__ = str.__str__
+
+
+class Layout(_Word):
     """How overview and tiles are laid out in the prompt (see `arrcoc.sequence`)."""
 
     REPLACE = "replace"
@@ -30,7 +36,7 @@ class Layout(StrEnum):
     CROPS = "crops"
 
 
-class Channel(StrEnum):
+class Channel(_Word):
     """The 13 texture channels, in the order in which `Texture.maps` holds them."""
 
     RED = "red"

@@ -65,6 +65,10 @@ class Overviews:
         content = [{"type": "image"}, {"type": "text", "text": "?"}]
         return tuple(self._qwen.render([{"role": "user", "content": content}])[0])
 
+    def describe(self) -> str:
+        """How whole frames are encoded, in words."""
+        return self._joint.describe()
+
     def open(self, frame: Frame, *, kept: bool, scored: bool) -> Scene:
         """A scene of a frame.
 

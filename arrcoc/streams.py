@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from arrcoc.capture import PRIORITY
+
 T = TypeVar("T")
 
 
@@ -18,13 +20,17 @@ class _StreamPool(threading.local):
     """Side streams by CUDA device. Each thread has its own pool, so two threads never share a stream."""
 
     def __init__(self) -> None:
-        self._by_device: dict[int, list[torch.cuda.Stream]] = {}
+        self._kept: dict[tuple[int, int], list[torch.cuda.Stream]] = {}
 
     def take(self, index: int, count: int) -> list[torch.cuda.Stream]:
-        """The calling thread's first `count` side streams of a device, made once and kept."""
-        streams = self._by_device.setdefault(index, [])
+        """The calling thread's first `count` side streams of a device, made once and kept.
+
+        Inside a capture they are of a kind that nothing else works on: see `arrcoc.capture.PRIORITY`.
+        """
+        priority = PRIORITY if torch.cuda.is_current_stream_capturing() else 0
+        streams = self._kept.setdefault((index, priority), [])
         while len(streams) < count:
-            streams.append(torch.cuda.Stream(device=index))  # type: ignore[no-untyped-call]
+            streams.append(torch.cuda.Stream(index, priority=priority))  # type: ignore[no-untyped-call]
         return streams[:count]
 
 

@@ -94,7 +94,9 @@ class Viewer:
         self._nvjpeg = jpeg.chosen(presets.base.jpeg, qwen.device)
         # All engines are made here, so that no request pays for them or for the weights' fingerprint.
         base = presets.base
-        self._torch = TorchEngines(qwen, base.lod_engine, base.lod_precision, base.lod_error_limit)
+        self._torch = TorchEngines(
+            qwen, base.lod_engine, base.lod_precision, base.lod_error_limit, base.lod_streams
+        )
         self._lod_engines: dict[tuple[int, tuple[int, ...], int], LodEngine] = {}
         self._pipelines = {config: self._make_pipeline(config) for config in presets.by_name.values()}
 

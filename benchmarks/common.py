@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -40,7 +40,7 @@ def facts(script: str, arguments: Sequence[str], device: torch.device) -> dict[s
         "command": " ".join(["python", script, *(Path(part).name or part for part in arguments)]),
         "commit": commit,
         "uncommitted_changes": dirty,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version()}
         | {name: found for name in _PACKAGES if (found := _version(name))},
         "device": device_name(device),

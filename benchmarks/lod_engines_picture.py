@@ -46,7 +46,12 @@ def mix_table(result: Mapping[str, Any], name: str = "8b") -> str:
     rows = [[case["name"], *(_cell(case, way) for way in WAYS)] for case in cases(shape)]
     high = {"name": f"{shape['all_high']['tiles']} x {shape['all_high']['tokens']}", **shape["all_high"]}
     rows.append([high["name"], *(_cell(high, way) for way in WAYS)])
-    return markdown_table(head, rows) + _source(result, shape, name)
+    about = ""
+    if "at_once" in shape.get("compiled", {}):
+        about = (
+            "\n*Compiled* was measured in processes of its own, one for each shape; its mix is their sum.\n"
+        )
+    return markdown_table(head, rows) + about + _source(result, shape, name)
 
 
 def small_table(result: Mapping[str, Any], name: str = "8b") -> str:
@@ -58,6 +63,30 @@ def small_table(result: Mapping[str, Any], name: str = "8b") -> str:
         times = [f"{case[f'{way}_ms']:.2f}" for way in _MEASURED]
         rows.append([f"{case['tiles']} x {case['tokens']}", *times, f"{case['eager_over_fused']:.2f}"])
     return markdown_table(head, rows) + _source(result, shape, name)
+
+
+def overlap_table(result: Mapping[str, Any]) -> str:
+    """LODs one after another in one memory, and on a stream each in memory of their own."""
+    head = ("model", "tiles x tokens", "", "one stream, ms", "a stream each, ms", "gain", "more memory")
+    rows = []
+    for name, shape in result["shapes"].items():
+        for case in _overlaps(shape):
+            tiles = ", ".join(f"{count} x {tokens}" for tokens, count in case["tiles"].items())
+            times = [f"{case[key]:.2f}" for key in ("one_ms", "each_ms", "one_over_each")]
+            more = f"{case['each_mib'] - case['one_mib']:,} MiB"
+            rows.append([f"Qwen3-VL-{name.upper()}", tiles, case["way"], *times, more])
+    if not rows:
+        return "Not measured yet.\n"
+    equal = all(case["bit_equal"] for shape in result["shapes"].values() for case in _overlaps(shape))
+    about = (
+        "\nBoth run alternately; what they encode is " + ("" if equal else "not ") + "equal bit for bit.\n"
+    )
+    first = next(iter(result["shapes"]))
+    return markdown_table(head, rows) + about + _source(result, result["shapes"][first], first)
+
+
+def _overlaps(shape: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return shape.get("overlap", {}).get("cases", [])  # type: ignore[no-any-return]
 
 
 def frames_table(result: Mapping[str, Any], name: str = "8b") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,13 +33,16 @@ SIZES = {
 }
 
 
-def random_qwen(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> QwenVL:
+def random_qwen(
+    name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, layers: int | None = None
+) -> QwenVL:
     """A checkpoint of size `2b` or `8b` with normal weights of standard deviation 0.02.
 
-    Tokenizer and chat template are the bundled checkpoint's.
+    Tokenizer and chat template are the bundled checkpoint's; `layers` is how many the text model has.
     """
     folder, _ = bundled_checkpoint()
-    config = Qwen3VLConfig(**_config(SIZES[name], json.loads((folder / "config.json").read_text("utf-8"))))
+    size = SIZES[name] if layers is None else replace(SIZES[name], layers=layers)
+    config = Qwen3VLConfig(**_config(size, json.loads((folder / "config.json").read_text("utf-8"))))
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model: Any = Qwen3VLForConditionalGeneration(config).to(dtype)

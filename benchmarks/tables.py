@@ -32,7 +32,7 @@ from judgements import (
     tension_table,
 )
 from lod_engines_picture import accuracy_table as lod_accuracy
-from lod_engines_picture import frames_table, mix_table, small_table
+from lod_engines_picture import frames_table, mix_table, overlap_table, small_table
 from plan_stage_views import plan_stage_glimpse_table, plan_stage_table
 
 from arrcoc import config as configs
@@ -126,6 +126,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "results:decode-accuracy": _measured("decode_accuracy.json", decode_accuracy_table),
     "results:lod-engines": _measured("lod_engines.json", mix_table),
     "results:lod-small": _measured("lod_engines.json", small_table),
+    "results:lod-overlap": _measured("lod_engines.json", overlap_table),
     "results:lod-frames": _measured("lod_engines.json", frames_table),
     "results:lod-accuracy": _measured("lod_engines.json", lod_accuracy),
     "results:engine-builds": _measured("engine_builds.json", builds_table),

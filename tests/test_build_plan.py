@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import arrcoc
 from arrcoc import EngineBuildError, EngineMismatchError, qwen
-from arrcoc.lod import BuiltEngines, TorchLodEngine, build, manifest, plan, plan_builder
+from arrcoc.lod import BuiltEngines, TorchLodEngine, build, built, manifest, plan, plan_builder
 from arrcoc.lod.export import LEGACY_OPSET, export, relative_error
 from arrcoc.lod.recipe import Recipe
 from arrcoc.lod.tower import StaticTower
@@ -293,6 +296,22 @@ def test_tampered_plan_is_refused_before_it_is_deserialised(
         BuiltEngines(copy, made, here).engine(2, (1, 2))
 
 
+def test_a_profile_has_one_runner_however_many_engines(
+    shared_plan: Path, half: qwen.QwenVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT 8.6 refuses a second context for a profile; two presets may want one side."""
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(built, "Plan", lambda backend, data, name: "plan")
+    monkeypatch.setattr(built, "Scratch", lambda plan, device: "scratch")
+    monkeypatch.setattr(built, "PlanRunner", lambda plan, profile, device, scratch: made.append(profile))
+    here: Any = SimpleNamespace(device=CPU, vision=half.vision, dtype=torch.float16)
+    opened = BuiltEngines(shared_plan, manifest.read(shared_plan), here)
+    for side in (1, 2, 1, 2):
+        opened.engine(side, (1, 2))
+    assert made == [0, 1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA driver")
 def test_runtime_without_a_driver_says_so(shared_plan: Path) -> None:
     with pytest.raises(EngineMismatchError, match=r"refused: .*CUDA driver"):
@@ -373,21 +392,42 @@ def test_level_is_set_where_there_are_levels() -> None:
         plan_builder.set_effort(fake(Kinds86), Recorder(), options)
 
 
-@pytest.mark.gpu
-def test_plan_computes_what_torch_does(rtx: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """On an RTX-class GPU: every LOD, a padded batch, and two streams in turn."""
+def runs_here(backend: str) -> bool:
+    """Whether plans of a backend run on this GPU."""
+    try:
+        trt = plan.trt_module(backend)
+    except EngineBuildError:
+        return False
     major, minor = torch.cuda.get_device_capability()
-    if f"sm{major}{minor}" not in plan_builder.known_archs(rtx):
-        pytest.skip(f"TensorRT-RTX does not run on compute capability {major}.{minor}")
-    half = qwen.load(tiny_checkpoint, CPU, torch.float16)
-    build.build(recipe(tmp_path / "here", arch=("current",)), half)
-    on_gpu = qwen.load(tiny_checkpoint, torch.device("cuda"), torch.float16)
-    opened = BuiltEngines.open(tmp_path / "here", on_gpu)
+    return backend == "tensorrt" or f"sm{major}{minor}" in plan_builder.known_archs(trt)
+
+
+@pytest.fixture(scope="module")
+def built_here(tiny_checkpoint: Path, half: qwen.QwenVL, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One plan for this GPU, of TensorRT or TensorRT-RTX; do not change it."""
+    running = [backend for backend in plan.PLAN_BACKENDS if runs_here(backend)]
+    if not running:
+        pytest.skip("neither tensorrt nor tensorrt_rtx runs on this GPU")
+    out = tmp_path_factory.mktemp("plans") / "here"
+    build.build(recipe(out, backend=running[0], arch=("current",), optimization_level=0), half)
+    return out
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tiny_checkpoint: Path) -> qwen.QwenVL:
+    return qwen.load(tiny_checkpoint, torch.device("cuda"), torch.float16)
+
+
+@pytest.mark.gpu
+def test_plan_computes_what_torch_does(built_here: Path, on_gpu: qwen.QwenVL) -> None:
+    """On a GPU that runs plans: every LOD, a padded batch, and two streams in turn."""
+    opened = BuiltEngines.open(built_here, on_gpu)
     for side in (1, 2, 3, 4):
         edge = (side + 2) * 32
         pixels = torch.randint(0, 256, (3, 3, edge, edge), dtype=torch.uint8, device="cuda")
         engine, reference = opened.engine(side, (1, 2, 4)), TorchLodEngine(on_gpu, side, (1, 2, 4), 1)
         first = engine.encode(pixels)
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             second = engine.encode(pixels.flip(0))
         torch.cuda.synchronize()
@@ -395,3 +435,44 @@ def test_plan_computes_what_torch_does(rtx: Any, tiny_checkpoint: Path, tmp_path
         assert relative_error(first.tokens, expected.tokens) < 1e-2
         assert relative_error(first.deepstack, expected.deepstack) < 1e-2
         assert relative_error(second.tokens.flip(0), expected.tokens) < 1e-2
+
+
+@pytest.mark.gpu
+def test_threads_share_a_plan(built_here: Path, on_gpu: qwen.QwenVL) -> None:
+    """All LODs from two threads, each on a stream of its own: what one by one gives, to the bit."""
+    opened = BuiltEngines.open(built_here, on_gpu)
+    engines = {side: opened.engine(side, (1, 2)) for side in (1, 2, 3, 4)}
+    made = {
+        side: torch.randint(
+            0, 256, (2, 3, (side + 2) * 32, (side + 2) * 32), dtype=torch.uint8, device="cuda"
+        )
+        for side in engines
+    }
+    alone = {side: engines[side].encode(pixels) for side, pixels in made.items()}
+    torch.cuda.synchronize()
+
+    def work(order: list[int]) -> list[bool]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [(side, engines[side].encode(made[side])) for _ in range(20) for side in order]
+            torch.cuda.current_stream().synchronize()
+            return [torch.equal(features.tokens, alone[side].tokens) for side, features in found]
+
+    with ThreadPoolExecutor(2) as pool:
+        agree = [flag for flags in pool.map(work, ([1, 2, 3, 4], [4, 3, 2, 1])) for flag in flags]
+    assert len(agree) == 160
+    assert all(agree)
+
+
+@pytest.mark.gpu
+def test_an_engine_uses_the_plan(built_here: Path, tiny_checkpoint: Path) -> None:
+    picture = Image.linear_gradient("L").rotate(30).resize((384, 384)).convert("RGB")
+    given: dict[str, Any] = {"preset": "demo", "device": "cuda", "dtype": "float16"}
+    encoded = []
+    for more in ({"engines": built_here}, {"lod_engine": "eager"}):
+        engine = arrcoc.Engine.from_pretrained(tiny_checkpoint, **given, **more)
+        encoded.append(engine.ask(picture, "What is it?", 0.5, max_new_tokens=8).encoding)
+        backends = set(engine.describe()["lod_engines"].values())
+        assert all(name.startswith("tensorrt") == ("engines" in more) for name in backends)
+        engine.close()
+    assert relative_error(encoded[0].tokens, encoded[1].tokens) < 1e-2
+    assert relative_error(encoded[0].deepstack, encoded[1].deepstack) < 1e-2

@@ -17,6 +17,7 @@ from arrcoc.decode import (
     make_decoder,
     quantize_text,
 )
+from arrcoc.decode import batch as decode_batch
 from arrcoc.decode.speculative import Draft, PromptLookup
 from arrcoc.errors import BudgetError, ConfigError, DecodeError, QueryError
 
@@ -57,6 +58,39 @@ def test_prompts_decoded_together_equal_one_by_one(engine, eager, prompts) -> No
     again = batch.generate(prompts[::-1], [None] * 3, Sampling(max_new_tokens=10))
     assert again == made[::-1]
     assert batch.generate([], [], Sampling()) == []
+
+
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0, "seed": 5}])
+def test_memory_grows_in_the_middle_of_the_answers(engine, eager, prompts, sampled, monkeypatch) -> None:
+    monkeypatch.setattr(decode_batch, "_FIRST_ROOM", 2)
+    monkeypatch.setattr("arrcoc.decode.slots._LEAST_CAPACITY", 32)
+    batch = BatchDecoder(engine._qwen)
+    made = batch.generate(prompts, [None] * 3, Sampling(max_new_tokens=90, **sampled))
+    assert batch._kept[0].capacity == 512, "256 for the longest prompt and two tokens"
+    assert made == [alone(eager, prompt, 90, **sampled) for prompt in prompts]
+
+
+def test_batches_are_captured_unless_the_decoder_is_to_be_eager(engine, prompts, monkeypatch) -> None:
+    """On CUDA; here it is only asked for."""
+    for choice in ("eager", "graphed"):
+        made = Engine.from_pretrained(engine._qwen.name, preset="demo", device="cpu", decoder=choice)
+        assert made._batch.capture == (choice == "graphed")
+    batch = BatchDecoder(engine._qwen)
+    assert (batch.captures.wanted, batch.notes()) == (False, [])
+    batch.captures.fail(RuntimeError("not permitted\nhere"))
+    assert batch.notes() == ["Batches are decoded without CUDA graphs: not permitted"]
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_an_eager_decoder_captures_no_batch(tiny_checkpoint: Path) -> None:
+    image = np.zeros((256, 256, 3), dtype=np.uint8)
+    answers = []
+    for choice in ("eager", "graphed"):
+        made = Engine.from_pretrained(tiny_checkpoint, "demo", "cuda", "float32", decoder=choice)
+        answers.append([a.text for a in made.ask_batch([(image, "a"), (image, "b")], max_new_tokens=6)])
+        (memory,) = made._batch._kept
+        assert bool(memory.graphs) == (choice == "graphed")
+    assert answers[0] == answers[1]
 
 
 def test_memory_beyond_the_bound_is_not_kept(engine, prompts) -> None:

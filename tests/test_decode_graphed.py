@@ -10,14 +10,24 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from arrcoc import Engine, sequence
-from arrcoc.decode import GraphedDecoder, Sampling, TransformersDecoder, selection
+from arrcoc.decode import (
+    GraphedDecoder,
+    Sampling,
+    TransformersDecoder,
+    graphed_decoder,
+    graphs,
+    selection,
+    slots,
+)
 from arrcoc.decode.layers_step import LayersStep
 from arrcoc.decode.prefilling import dense_planes
 from arrcoc.decode.slots import Slot, SlotPool, capacity_for
@@ -104,6 +114,77 @@ def test_a_slot_grows_when_an_answer_does_not_fit(make, eager, decoder) -> None:
     made = list(decoder.generate(state, Sampling(max_new_tokens=30)))
     assert state.slot.capacity == 2048
     assert made == answer(eager, prompt, 30)
+
+
+@pytest.mark.parametrize(
+    "sampled", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "seed": 3, "top_k": 9}]
+)
+def test_a_slot_grows_in_the_middle_of_an_answer(sampled, qwen, make, eager, monkeypatch) -> None:
+    monkeypatch.setattr(graphed_decoder, "FIRST_ROOM", 2)
+    monkeypatch.setattr(slots, "_LEAST_CAPACITY", 32)
+    prompt = make(30)
+    decoder = GraphedDecoder(qwen, room=2)
+    state = decoder.prefill(prompt)
+    assert state.slot.capacity == 32
+    made = list(decoder.generate(state, Sampling(max_new_tokens=120, **sampled)))
+    assert state.slot.capacity == 256
+    monkeypatch.undo()
+    assert made == answer(GraphedDecoder(qwen), prompt, 120, **sampled)
+    if "top_k" not in sampled:  # the eager decoder draws it otherwise
+        assert made[:40] == answer(eager, prompt, 40, **sampled)
+    assert state.length == 30 + len(made) - 1
+    assert sorted(slot.capacity for slot in decoder._pool._idle) == [32, 64, 128]
+
+
+def test_a_slot_that_grows_may_be_anothers_at_once(qwen, make, monkeypatch) -> None:
+    """Tokens on their way to the host are read before the old slot goes back."""
+    monkeypatch.setattr(graphed_decoder, "_AHEAD", 2)
+    monkeypatch.setattr(graphed_decoder, "FIRST_ROOM", 2)
+    monkeypatch.setattr(slots, "_LEAST_CAPACITY", 32)
+    give_back = SlotPool.give_back
+
+    def spoil(self: SlotPool, slot: Slot) -> None:
+        with torch.inference_mode():
+            slot.seen.fill_(-1)
+        give_back(self, slot)
+
+    monkeypatch.setattr(SlotPool, "give_back", spoil)
+    decoder = GraphedDecoder(qwen, room=2)
+    state = decoder.prefill(make(30))
+    run = decoder._start(state, Sampling(max_new_tokens=100))
+    made = []
+    for count in range(100):
+        run.queue(min(count + 3, 100))
+        made.append(run.token())
+    assert -1 not in made
+    assert made == answer(GraphedDecoder(qwen), make(30), 100)
+
+
+def test_a_long_answer_reserves_no_more_than_it_needs(make, decoder, eager) -> None:
+    state = decoder.prefill(make(40))
+    stream = decoder.generate(state, Sampling(max_new_tokens=1_000_000))
+    assert [next(stream) for _ in range(8)] == answer(eager, make(40), 8)
+    assert state.slot.capacity == 8192
+
+
+def test_too_little_memory_is_told_after_idle_slots_went(qwen, make, monkeypatch) -> None:
+    decoder = GraphedDecoder(qwen, room=8)
+    answer(decoder, make(40))
+    gc.collect()
+    assert decoder._pool.idle_bytes() > 0
+    limit, real = 3000, Slot
+
+    def allocate(weights, capacity, captures):
+        if capacity > limit or decoder._pool.idle_bytes():
+            raise torch.OutOfMemoryError("out of memory")
+        return real(weights, capacity, captures)
+
+    monkeypatch.setattr(slots, "Slot", allocate)
+    assert decoder.prefill(make(1100)).slot.capacity == 2048
+    gc.collect()
+    size = 8 * qwen.n_layers * qwen.text.kv_heads * qwen.text.head_dim * 4096
+    with pytest.raises(DecodeError, match=f"{size:,} bytes for 4,096 positions"):
+        decoder.prefill(make(2100))
 
 
 def test_requests_at_once_have_slots_of_their_own_and_give_them_back(make, decoder) -> None:
@@ -237,6 +318,92 @@ def test_the_kernels_equal_the_layers() -> None:
         check=False,
     )
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+# Captures that fail.
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A device that captures nothing; each try leaves the generator useless, as CUDA does."""
+    tried: list[str] = []
+
+    def refuse(work, device, pool, generator):
+        tried.append(work.__qualname__)
+        generator.manual_seed(0)
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(graphs, "captured", refuse)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return tried
+
+
+def test_an_answer_is_given_where_nothing_can_be_captured(qwen, make, eager, refusing, caplog) -> None:
+    decoder = GraphedDecoder(qwen, room=8)
+    assert decoder.backend == "transformers layers, not captured, float32"
+    decoder._pool.captures.wanted = True
+    assert decoder.backend == "transformers layers, CUDA graphs, float32"
+    sampled = {"temperature": 1.0, "seed": 4}
+    for _ in range(2):
+        assert answer(decoder, make(40)) == answer(eager, make(40))
+        assert answer(decoder, make(40), **sampled) == answer(eager, make(40), **sampled)
+    assert len(refusing) == 1
+    assert decoder.backend == "transformers layers, no CUDA graphs (operation not permitted), float32"
+    assert [r.getMessage() for r in caplog.records] == [
+        "decoding runs without CUDA graphs: operation not permitted"
+    ]
+
+
+def test_too_little_memory_for_one_graph_is_no_failure_for_good(
+    qwen, make, eager, refusing, monkeypatch
+) -> None:
+    def refuse(*_):
+        refusing.append("once more")
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(graphs, "captured", refuse)
+    decoder = GraphedDecoder(qwen, room=8)
+    decoder._pool.captures.wanted = True
+    sampled = {"temperature": 1.0, "seed": 4}
+    assert answer(decoder, make(40), **sampled) == answer(eager, make(40), **sampled)
+    assert len(refusing) == 1, "not at every token"
+    assert decoder.backend == "transformers layers, CUDA graphs, float32"
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_a_step_that_waits_cannot_be_captured_and_runs(tiny_checkpoint: Path) -> None:
+    class Waiting(LayersStep):
+        def logits(self, slot: Slot) -> None:
+            super().logits(slot)
+            slot.logits += 0 * slot.length.item()
+
+    qwen = Engine.from_pretrained(tiny_checkpoint, preset="demo", device="cuda", dtype="float32")._qwen
+    eager, decoder = TransformersDecoder(qwen), GraphedDecoder(qwen, step=Waiting(qwen), room=8)
+    prompt = sequence.prompt([qwen.embed(list(range(300)))], [], [])
+    assert answer(decoder, prompt, 24) == answer(eager, prompt, 24)
+    sampled = {"temperature": 1.0, "seed": 4}
+    plain = GraphedDecoder(qwen, step=LayersStep(qwen), room=8)
+    assert answer(decoder, prompt, 24, **sampled) == answer(plain, prompt, 24, **sampled)
+    assert "no CUDA graphs (" in decoder.backend
+    assert "CUDA graphs," in plain.backend
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0, "seed": 3}])
+def test_on_the_gpu_a_slot_grows_in_the_middle_of_an_answer(sampled, tiny_checkpoint, monkeypatch) -> None:
+    qwen = Engine.from_pretrained(tiny_checkpoint, preset="demo", device="cuda", dtype="float32")._qwen
+    prompt = sequence.prompt([qwen.embed(list(range(30)))], [], [])
+    expected = answer(GraphedDecoder(qwen), prompt, 200, **sampled)
+    monkeypatch.setattr(graphed_decoder, "FIRST_ROOM", 2)
+    monkeypatch.setattr(slots, "_LEAST_CAPACITY", 32)
+    decoder = GraphedDecoder(qwen, room=2)
+    for _ in range(2):
+        state = decoder.prefill(prompt)
+        assert list(decoder.generate(state, Sampling(max_new_tokens=200, **sampled))) == expected
+        assert state.slot.capacity == 256
+        del state
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 class CountingEngine:
     """A LOD engine whose token is the mean of its tile, and which remembers how many it encoded."""
 
-    backend = "test"
+    backend, apart = "test", 0
 
     def __init__(self, side: int, fingerprint: str = "a", halo: int = 0) -> None:
         self.side, self.halo, self.fingerprint, self.encoded = side, halo, f"{fingerprint}{side}", 0
@@ -131,6 +131,60 @@ def test_relevance_decides_what_stays(engines, frame):
     assert cache.evict_low_relevance(0.5) == 1
     encoder.encode(frame, {Lod.HIGH: torch.tensor([1, 2])}, relevance)
     assert engines[Lod.HIGH].encoded == 3
+
+
+# LODs side by side.
+
+
+def side_by_side(monkeypatch, engines, frame, wanted) -> tuple[list[int], list]:
+    """How many tasks ran side by side at a time, and the tiles."""
+    together: list[int] = []
+
+    def parallel(tasks, device):
+        assert device == frame.pixels.device
+        together.append(len(tasks))
+        return [task() for task in reversed(tasks)][::-1]
+
+    monkeypatch.setattr("arrcoc.encoder.parallel", parallel)
+    found = make(engines)[0].encode(frame, wanted, RELEVANCE)
+    return together, found
+
+
+WANTED = {Lod.LOW: torch.tensor([0, 1]), Lod.MEDIUM: torch.tensor([2]), Lod.HIGH: torch.tensor([3, 4, 5])}
+
+
+@pytest.mark.parametrize(
+    ("apart", "together"),
+    [
+        ((0, 0, 0), []),
+        ((2, 0, 0), []),  # one alone has none beside it
+        ((2, 1, 2), [2]),  # three tiles at HIGH are more than its two
+        ((2, 1, 3), [3]),
+    ],
+)
+def test_lods_run_side_by_side_where_their_engines_can(monkeypatch, engines, frame, apart, together):
+    want = make({lod: CountingEngine(CONFIG.sides[lod]) for lod in Lod})[0].encode(frame, WANTED, RELEVANCE)
+    for lod, most in zip(WANTED, apart, strict=True):
+        engines[lod].apart = most
+    found, have = side_by_side(monkeypatch, engines, frame, WANTED)
+    assert found == together
+    assert [engines[lod].encoded for lod in WANTED] == [2, 1, 3]
+    for one, other in zip(have, want, strict=True):
+        assert (one.lod, one.index.tolist()) == (other.lod, other.index.tolist())
+        assert torch.equal(one.features.tokens, other.features.tokens)
+        assert torch.equal(one.features.deepstack, other.features.deepstack)
+
+
+def test_what_the_cache_has_takes_no_stream(monkeypatch, engines, frame):
+    for engine in engines.values():
+        engine.apart = 8
+    encoder, _ = make(engines)
+    encoder.encode(frame, {Lod.LOW: WANTED[Lod.LOW], Lod.MEDIUM: WANTED[Lod.MEDIUM]}, RELEVANCE)
+    monkeypatch.setattr("arrcoc.encoder.parallel", lambda *_: pytest.fail("one LOD is left"))
+    low, medium, high = encoder.encode(frame, WANTED, RELEVANCE)
+    assert low.features.tokens[:, 0, 0].tolist() == [0, 10]
+    assert medium.features.tokens[:, 0, 0].tolist() == [20]
+    assert high.features.tokens[:, 0, 0].tolist() == [30, 40, 0]
 
 
 # Halos.

@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from arrcoc import Engine, image, sequence, texture
+from arrcoc.attention_probe import attention_shares, probe_layers, relative, sinks
 from arrcoc.config import build, load
-from arrcoc.glimpse import (
-    GlimpseScorer,
-    JointGlimpse,
-    attention_shares,
-    probe_layers,
-    relative,
-    sinks,
-)
+from arrcoc.glimpse import GlimpseScorer, JointGlimpse
 from arrcoc.kv import KvCache
 
 CONFIG = load("demo")
@@ -171,12 +165,14 @@ def test_the_generic_prompt_is_neutral(qwen, frame, features):
 
 
 def test_all_sinks_leave_no_opinion(qwen, frame, features, monkeypatch):
-    monkeypatch.setattr("arrcoc.glimpse.sinks", lambda norms, _: torch.ones_like(norms, dtype=torch.bool))
+    monkeypatch.setattr(
+        "arrcoc.prefix_graph.sinks", lambda norms, _: torch.ones_like(norms, dtype=torch.bool)
+    )
     assert torch.equal(judge(scorer(qwen, frame, features), qwen, frame, "Why?"), torch.full((2, 3), 0.5))
 
 
 def test_a_sink_takes_no_share(qwen, frame, features, monkeypatch):
-    monkeypatch.setattr("arrcoc.glimpse.sinks", lambda norms, _: torch.arange(len(norms)) == 4)
+    monkeypatch.setattr("arrcoc.prefix_graph.sinks", lambda norms, _: torch.arange(len(norms)) == 4)
     found = judge(scorer(qwen, frame, features), qwen, frame, "Why?")
     assert found[1, 1] == 0.5  # nobody looks at tile 4
     assert (found != 0.5).sum() == 5
@@ -226,7 +222,7 @@ def test_a_known_prefix_gives_the_same_scores_and_is_not_run_again(qwen, frame, 
     where = sequence.glimpse_positions(frame.grid, CONFIG.sides[0], CONFIG.sides[3])
     extent = sequence.extent(frame.grid, 4)
     second = GlimpseScorer(qwen, features, where, extent, frame.grid, CONFIG, first.prefix)
-    monkeypatch.setattr("arrcoc.glimpse.start", None)
+    monkeypatch.setattr("arrcoc.prefix_graph.run_rows", None)
     assert torch.equal(judge(second, qwen, frame, "What is on her sleeve?"), expected)
 
 

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from arrcoc import Engine, glimpse_tail, image, sequence
+from arrcoc.attention_probe import attention_shares
 from arrcoc.config import load
 from arrcoc.glimpse import GlimpseScorer, JointGlimpse
-from arrcoc.glimpse_tail import ROWS, Tails, attention_shares
+from arrcoc.glimpse_tail import ROWS, Tails
 from arrcoc.prefixes import Prefix
 from arrcoc.qwen import QwenVL
 from arrcoc.records import Frame
@@ -83,7 +84,7 @@ def test_what_the_static_pass_finds_is_the_score(qwen, photo, monkeypatch):
 def test_a_static_pass_leaves_sinks_out(qwen, photo, monkeypatch):
     frame = framed(qwen, photo)
     plain = asked(scorer(qwen, frame, Tails(qwen, CONFIG)), qwen, LONG)
-    monkeypatch.setattr("arrcoc.glimpse.sinks", lambda norms, _: torch.arange(len(norms)) == 4)
+    monkeypatch.setattr("arrcoc.prefix_graph.sinks", lambda norms, _: torch.arange(len(norms)) == 4)
     found = asked(scorer(qwen, frame, Tails(qwen, CONFIG)), qwen, LONG)
     assert found[1, 1] == 0.5, "nobody looks at tile 4"
     assert plain[1, 1] != 0.5
@@ -172,7 +173,7 @@ def pretended(qwen: QwenVL, monkeypatch: pytest.MonkeyPatch) -> tuple[Tails, lis
 
     monkeypatch.setattr(glimpse_tail, "captured", capture)
     tails = Tails(qwen, CONFIG)
-    tails._stream = tails._pool = None
+    tails._pool = None
     tails._turn = threading.Lock  # type: ignore[method-assign, assignment]
     tails._captures = True
     return tails, made
@@ -190,7 +191,7 @@ def test_a_size_is_captured_when_it_is_met_again(qwen, photo, pretended):
     assert torch.equal(asked(one, qwen, LONG), other)
     assert torch.equal(again, first), "what a replay gave is not overwritten by the next"
     assert (len(made), made[0].replays) == (1, 3)
-    assert tails.describe() == "CUDA graphs (1 captured)"
+    assert tails.describe().startswith("CUDA graphs (1 captured)")
 
 
 def test_the_first_graph_outlives_its_shape_as_its_pool_goes_with_it(qwen, photo, pretended, monkeypatch):
@@ -233,7 +234,7 @@ def test_a_failed_capture_is_told_once_and_not_tried_again(qwen, photo, pretende
         found = [asked(one, qwen, SHORT) for _ in range(4)]
     assert all(torch.equal(each, found[0]) for each in found)
     assert tried == [1]
-    assert tails.describe() == "no CUDA graphs (operation not permitted)"
+    assert tails.describe().startswith("no CUDA graphs (operation not permitted); first looks: not captured")
     assert [r.getMessage() for r in caplog.records] == [
         "questions are read without CUDA graphs: operation not permitted"
     ]
@@ -261,7 +262,7 @@ def test_a_graph_gives_what_the_pass_gives(on_gpu, photo):
         assert all(
             torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True)
         )
-    assert tails.describe() == "CUDA graphs (1 captured)"
+    assert tails.describe().startswith("CUDA graphs (1 captured)")
     for one, found in zip(plain, first, strict=True):
         for question, each in zip((SHORT, LONG), found, strict=True):
             torch.testing.assert_close(each, asked(one, qwen, question), atol=0.03, rtol=0)  # bf16

@@ -15,9 +15,9 @@ BASE = {"errors", "records", "config", "timing", "transfer", "triton_support"}
 HELPERS = {
     "texture": {"texture_kernel"},
     "image": {"pixels", "hashing", "resample", "area_kernel", "host_tiles"},
-    "glimpse": {"qwen", "prefixes", "lod", "vision", "glimpse_tail"},
-    "encoder": {"cache", "lod"},
-    "decode": {"qwen", "kv", "prefixes", "decode", "text", "text_layers"},
+    "glimpse": {"qwen", "prefixes", "lod", "vision", "glimpse_tail", "prefix_graph", "attention_probe"},
+    "encoder": {"cache", "lod", "streams"},
+    "decode": {"qwen", "kv", "prefixes", "decode", "text", "text_layers", "capture"},
 }
 """What a stage may import besides `BASE`."""
 

@@ -75,7 +75,7 @@ def test_files_for_the_cpu(small: Image.Image) -> None:
     assert not jpeg.is_plain(data[:middle] + b"\xff\xda" + data[middle:])
     # Two frame headers.
     frame = data.index(b"\xff\xc0")
-    length = 2 + int.from_bytes(data[frame + 2 : frame + 4])
+    length = 2 + int.from_bytes(data[frame + 2 : frame + 4], "big")
     assert not jpeg.is_plain(data[:frame] + data[frame : frame + length] + data[frame:])
     # Twelve bits, and a scan of one component out of three.
     assert not jpeg.is_plain(data[: frame + 4] + b"\x0c" + data[frame + 5 :])

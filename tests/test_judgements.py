@@ -81,7 +81,7 @@ def test_auc_needs_targets_and_others(scripts: Any) -> None:
 
 
 def test_every_layer_is_probed_once(scripts: Any) -> None:
-    from arrcoc.glimpse import probe_layers
+    from arrcoc.attention_probe import probe_layers
 
     for layers in (1, 4, 7, 28, 36):
         found = list(scripts.relevance.probes(Config(), layers).values())

@@ -11,20 +11,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from arrcoc import Engine
+from arrcoc import Engine, image
+from arrcoc.cache import TileCache
+from arrcoc.config import load as load_config
+from arrcoc.encoder import TileEncoder
 from arrcoc.errors import EngineBuildError
 from arrcoc.lod import TorchEngines, TorchLodEngine, torch_engines
 from arrcoc.qwen import QwenVL, load
-from arrcoc.records import Features
+from arrcoc.records import Features, Lod
 from arrcoc.vision import VisionWeights
 
 pytest.importorskip("triton")
@@ -108,6 +112,48 @@ def test_a_bucket_is_made_once_and_large_ones_are_left_out() -> None:
     assert mean_engine(tower, 256, 0, (2, 4)).buckets == (2,), "one is always left"
 
 
+def test_small_batches_run_in_memory_of_the_engines_own() -> None:
+    """Side 1 has four patches a tile; larger batches take the shared memory."""
+    tower, room = MeanTower(), Workspace(CPU)
+    engine = GraphedLodEngine(tower, room, 1, 0, (1, 2, 4), None, "test", "f", 11)  # type: ignore[arg-type]
+    assert engine.apart == 2
+    small = engine.encode(tiles(2, 32))
+    assert room._buffer.numel() == 0
+    large = engine.encode(tiles(4, 32))
+    assert room._buffer.numel() > 0
+    for found, count in ((small, 2), (large, 4)):
+        means = tiles(count, 32).float().mean((1, 2, 3))
+        torch.testing.assert_close(found.tokens.flatten(), means)
+    assert mean_engine(tower).apart == 0
+
+
+def test_engines_with_memory_of_their_own_do_not_wait_for_one_another() -> None:
+    """And those that share it do: a call on another thread gets through while one engine is in its turn."""
+    room = Workspace(CPU)
+
+    def made(alone: int) -> GraphedLodEngine:
+        return GraphedLodEngine(MeanTower(), room, 1, 0, (1,), None, "test", "f", alone)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(2) as pool:
+        with room.turn():
+            assert len(pool.submit(made(4).encode, tiles(1, 32)).result(30).tokens) == 1
+            waiting = pool.submit(made(0).encode, tiles(1, 32))
+            assert not wait([waiting], 0.2).done
+        assert len(waiting.result(30).tokens) == 1
+
+
+@pytest.mark.parametrize(("streams", "apart"), [("one", 0), ("auto", None), ("each", 2)])
+def test_the_configuration_says_which_batches_overlap(
+    streams: Any, apart: int | None, qwen: QwenVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arrcoc.lod.graphed import ALONE_PATCHES
+
+    monkeypatch.setattr(torch_engines, "_obstacle", lambda *_: "")
+    monkeypatch.setattr(TorchEngines, "_arranged", lambda *_: (MeanTower(), Workspace(CPU)))
+    found = TorchEngines(qwen, streams=streams).engine(1, (1, 2), 0).apart
+    assert found == (min(ALONE_PATCHES // 4, 2) if apart is None else apart)
+
+
 def test_what_is_encoded_ahead_makes_no_bucket() -> None:
     tower = MeanTower()
     engine = mean_engine(tower)
@@ -151,12 +197,12 @@ def test_a_refused_capture_is_logged_once_and_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     room = Workspace(CPU)
-    room.captures = True
+    room.captures, room._pool = True, None
 
-    def refuse(_: Any, run: Callable[[], None]) -> Any:
+    def refuse(*_: Any) -> Any:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(Workspace, "_captured", refuse)
+    monkeypatch.setattr("arrcoc.lod.graphed.captured", refuse)
     run = lambda: None  # noqa: E731
     assert room.capture(run) is run
     assert room.capture(run) is run
@@ -381,14 +427,14 @@ def test_the_floor_counts_what_the_tower_multiplies(qwen: QwenVL, monkeypatch: p
     from arrcoc.vision import patchify
 
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    import lod_engines
+    import lod_engines_tower
 
     side, count, weights = 2, 3, qwen.vision
     patches = patchify(tiles(count, side * 32), weights, torch.float32)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         StaticTower(weights).encode(patches, geometry(weights, side, side))
     spared = 2 * patches[..., 0].numel() * weights.patch_weight.numel() // 2  # the second, equal frame
-    found = lod_engines.tower_flops(weights, (side * weights.merge) ** 2, count)
+    found = lod_engines_tower.tower_flops(weights, (side * weights.merge) ** 2, count)
     assert found == counter.get_total_flops() - spared
 
 
@@ -402,7 +448,7 @@ def test_what_was_not_compiled_is_said_and_shares_are_of_the_peak(monkeypatch: p
         "sustained_tflops": 650.0,
         "mix": {"cases": [times | {"tokens": n, "tiles": 2} for n in (400, 64)], "whole": times},
         "all_high": times | {"tokens": 400, "tiles": 9},
-        "compiled": {"64": 20.0, "compile_s": {}},
+        "compiled": {"64": 20.0, "compile_s": {"64": 9.0}, "at_once": 1},
     }
     about = {"command": "c", "date": "d", "device": "g", "dtype": "bfloat16", "repeats": 7}
     result = about | {"versions": {"torch": "2"}, "shapes": {"8b": shape}}
@@ -412,7 +458,68 @@ def test_what_was_not_compiled_is_said_and_shares_are_of_the_peak(monkeypatch: p
     assert lines[3] == f"| 2 x 64 | 40.0 (25%) | 20.0 (50%) | {rest}"
     assert lines[4] == f"| the mix | 40.0 (25%) | not measured | {rest}", "a sum only of all of them"
     assert "75% fused and 96% in float8" in lines[-1]
+    assert "processes of its own" in lines[-3]
     assert len(lod_engines_picture.draw(result).axes) == 3
+
+
+COMPILED = """
+import json, pathlib, sys
+side, folder = sys.argv[2], pathlib.Path(sys.argv[5])
+if side == "3":
+    raise SystemExit("out of registers")
+(folder / f"{side}.json").write_text(json.dumps({"compile_s": 2.5}))
+sys.stdin.readline()
+print("noise")
+print(json.dumps({"ms": float(sys.argv[3])}))
+"""
+
+
+def test_compiled_shapes_are_timed_one_by_one_and_failures_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import lod_engines_compiled
+
+    (tmp_path / "child.py").write_text(COMPILED)
+    monkeypatch.setattr(lod_engines_compiled, "__file__", str(tmp_path / "child.py"))
+    compiling = lod_engines_compiled.Compiling("8b", ((2, 7), (3, 1), (4, 9)), 5)
+    compiling.wait()
+    found = compiling.times()
+    compiling.close()
+    assert (found["4"], found["16"], found["compile_s"]) == (7.0, 9.0, {"4": 2.5, "16": 2.5})
+    assert found["failed"] == {"9": "out of registers"}
+
+
+def test_overlap_compares_every_run_and_tables_say_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import lod_engines_overlap
+    import lod_engines_picture
+
+    times = iter([1.0] * 100)
+
+    def timed(run: Callable[[], object], *_: int) -> float:
+        run()
+        return next(times)
+
+    monkeypatch.setattr(lod_engines_overlap, "timed", timed)
+    same, calls = Features(torch.zeros(1, 1, 2), torch.zeros(1, 1, 1, 2)), iter(range(100))
+    off = Features(torch.ones(1, 1, 2), same.deepstack)
+    right = lod_engines_overlap._compared(lambda: [same], lambda: [same])
+    assert (right["bit_equal"], right["one_over_each"]) == (True, 1.0)
+    wrong = lod_engines_overlap._compared(lambda: [same], lambda: [off if next(calls) == 9 else same])
+    assert not wrong["bit_equal"]
+    case = right | {"case": "few tiles", "way": "fused", "tiles": {"16": 2}, "one_mib": 10, "each_mib": 1510}
+    about = {"command": "c", "date": "d", "device": "g", "dtype": "bfloat16", "repeats": 7}
+    peaks = {"peak_tflops": 780.0, "sustained_tflops": 650.0}
+    whole = {"mix": {"whole": {"floor_ms": 1.0, "fused_ms": 2.0, "float8_ms": 2.0}}}
+    result = about | {
+        "versions": {"torch": "2"},
+        "shapes": {"8b": peaks | whole | {"overlap": {"cases": [case]}}},
+    }
+    lines = lod_engines_picture.overlap_table(result).splitlines()
+    assert lines[2] == "| Qwen3-VL-8B | 2 x 16 | fused | 1.00 | 1.00 | 1.00 | 1,500 MiB |"
+    assert "is equal bit for bit" in lines[4]
+    assert lod_engines_picture.overlap_table({"shapes": {"8b": {}}}) == "Not measured yet.\n"
 
 
 @pytest.mark.parametrize(("count", "own"), [(64, True), (144, True), (256, False), (784, False)])
@@ -481,6 +588,39 @@ def test_threads_on_streams_share_the_graphs(bundled: QwenVL) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(run, range(4)))  # raises what a thread raised
     assert wrong == []
+
+
+def tile_encoder(qwen: QwenVL, config: Any, streams: Any) -> TileEncoder:
+    """Without a cache, so that every call encodes."""
+    engines = TorchEngines(qwen, streams=streams)
+    made = {lod: engines.engine(config.sides[lod], config.buckets, 0) for lod in Lod}
+    assert (made[Lod.HIGH].apart > 0) == (streams == "each")
+    return TileEncoder(made, TileCache(0, 100.0), image.tile_pixels, image.hash_tiles, 32)
+
+
+@pytest.mark.gpu
+def test_lods_on_streams_of_their_own_encode_the_same(bundled: QwenVL, photo: Image.Image) -> None:
+    """Bit for bit, again and again, on several threads at once."""
+    config = load_config("demo").updated({"halo": 0})
+    pixels = image.decode(photo, 1 << 24)
+    frame = image.frame(pixels, config, 32, torch.device("cuda"))
+    order = torch.arange(frame.grid.count)
+    wanted = {lod: order[int(lod) :: 4] for lod in Lod}
+    relevance = torch.full((frame.grid.rows, frame.grid.cols), 0.5)
+    want = tile_encoder(bundled, config, "one").encode(frame, wanted, relevance)
+    each = tile_encoder(bundled, config, "each")
+
+    def run(_: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            found = [tiles for _ in range(10) for tiles in each.encode(frame, wanted, relevance)]
+            pairs = [(a.features, b.features) for a, b in zip(found, want * 10, strict=True)]
+            same = [torch.equal(a.tokens, b.tokens) for a, b in pairs]
+            return all(same) and all(torch.equal(a.deepstack, b.deepstack) for a, b in pairs)
+
+    torch.cuda.synchronize()
+    assert run(0)
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(run, range(3)))
 
 
 @pytest.mark.gpu

@@ -38,7 +38,7 @@ WHERE = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0, 4, 8, 0, 4, 8]])
 
 
 def begin(qwen: QwenVL, features: Features, depth: int, float8: bool = False) -> Prefix:
-    return start(qwen, HEAD, features, WHERE, 12.0, depth, tail=(8, 9), float8=float8)
+    return start(qwen, HEAD, features, WHERE, 12.0, depth, float8)
 
 
 def whole(qwen: QwenVL, features: Features) -> KvCache:
@@ -113,7 +113,7 @@ def test_bytes_are_those_of_all_layers(qwen: QwenVL, features: Features) -> None
     assert one.nbytes == all_of_it.nbytes
     kv = all_of_it.fork(9).nbytes
     width = 4 * qwen.width
-    assert one.nbytes == kv * 11 // 9 + 9 * width + (6 + 2 * 6) * width  # the tail's rows were reserved
+    assert one.nbytes == kv + 9 * width + (6 + 2 * 6) * width
 
 
 def test_float8_is_half_of_bf16_and_close(qwen: QwenVL, features: Features) -> None:

@@ -277,11 +277,11 @@ class DiskTier:
 
     def _unlink(self, left: Sequence[Moved[str]]) -> None:
         """Remove files that have left the ledger."""
-        for name, _, _ in left:
+        for moved in left:
             with self._lock:
-                self._written.pop(name, None)
+                self._written.pop(moved.key, None)
                 self._counts["left"] += 1
-            (self._folder.path / name).unlink(missing_ok=True)
+            (self._folder.path / moved.key).unlink(missing_ok=True)
 
     def _remove(self, name: str) -> None:
         self._forget(name)

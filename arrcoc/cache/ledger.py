@@ -6,12 +6,13 @@ import heapq
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
 
-class Moved(NamedTuple, Generic[K]):
+@dataclass(frozen=True, slots=True)
+class Moved(Generic[K]):
     """A key that entered or left a ledger: `size` in bytes, and `level`, log2 of its decayed score then."""
 
     key: K
@@ -71,7 +72,7 @@ class Ledger(Generic[K]):
 
     def score(self, key: K) -> float:
         """Decayed score of a stored key, as of now."""
-        return math.exp2(self.level(key))
+        return math.pow(2.0, self.level(key))
 
     def touch(self, key: K, relevance: float) -> None:
         """Count a use of a stored key: its score grows by `relevance` (finite, at least 0; asserted)."""

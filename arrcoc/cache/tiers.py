@@ -98,7 +98,7 @@ class TierLedger(Generic[K]):
             return list(left)
         below = list[Moved[K]]()
         for moved in left:
-            evicted = self.tiers[place].admit(*moved)
+            evicted = self.tiers[place].admit(moved.key, moved.size, moved.level)
             below += [moved] if evicted is None else evicted
         return [*left, *self._demote(below, place + 1)]
 

@@ -21,7 +21,7 @@ from arrcoc.decode.graphs import run_captured
 from arrcoc.decode.launch import KernelStep
 from arrcoc.decode.layers_step import LayersStep
 from arrcoc.decode.protocol import Sampling
-from arrcoc.decode.slots import Slot, SlotPool, capacity_for
+from arrcoc.decode.slots import FIRST_ROOM, Slot, SlotPool, capacity_for
 from arrcoc.prefixes import Prefix
 from arrcoc.qwen import QwenVL
 from arrcoc.records import Prompt
@@ -47,7 +47,7 @@ class Step(Protocol):
         ...
 
 
-@dataclass(slots=True, weakref_slot=True)
+@dataclass  # without slots: it is referred to weakly
 class GraphedState:
     """One request in flight; its slot goes back to the pool when it is dropped.
 
@@ -95,9 +95,12 @@ class GraphedDecoder:
         self._most_static = prefilling.most_captured(qwen.text) if most_static is None else most_static
         self._step: Step = LayersStep(qwen) if step is None else step
         self._pool = SlotPool(qwen.text, keep_bytes)
-        captured = "CUDA graphs" if qwen.device.type == "cuda" else "not captured"
-        precision = str(qwen.dtype).removeprefix("torch.")
-        self.backend = f"{self._step.name}, {captured}, {precision}"
+
+    @property
+    def backend(self) -> str:
+        """See `Decoder`."""
+        precision = str(self._qwen.dtype).removeprefix("torch.")
+        return f"{self._step.name}, {self._pool.captures.describe()}, {precision}"
 
     @torch.inference_mode()
     def prefill(self, prompt: Prompt, prefix: Prefix | None = None) -> GraphedState:
@@ -108,7 +111,7 @@ class GraphedDecoder:
             prefix: the first columns of the same prompt; it is completed and copied, not consumed.
 
         Raises:
-            DecodeError: the prompt is longer than the checkpoint's context.
+            DecodeError: the prompt is longer than the checkpoint's context, or does not fit into memory.
         """
         prefilling.check_length(self._qwen, prompt)
         length = prompt.embeds.shape[1]
@@ -133,14 +136,18 @@ class GraphedDecoder:
         return state.logits
 
     def generate(self, state: GraphedState, sampling: Sampling) -> Iterator[int]:
-        """Token ids, one by one, until a stop token (not included) or `max_new_tokens`."""
+        """Token ids, one by one, until a stop token (not included) or `max_new_tokens`.
+
+        Raises:
+            DecodeError: keys and values no longer fit into memory.
+        """
         most = sampling.max_new_tokens
         first_length, first_position = state.length, state.next_position
         run = self._start(state, sampling)
         ahead = _AHEAD if self._qwen.device.type == "cuda" else 0
         for count in range(most):
             run.queue(min(count + 1 + ahead, most))
-            token = run.token(count)
+            token = run.token()
             # As if stepped one by one: every token but the newest is in the cache.
             state.length, state.next_position = first_length + count, first_position + count
             if token in self._qwen.stop_ids:
@@ -149,13 +156,13 @@ class GraphedDecoder:
 
     @torch.inference_mode()
     def _start(self, state: GraphedState, sampling: Sampling) -> _Run:
-        slot = self._make_room(state, sampling.max_new_tokens)
+        slot = self._make_room(state, min(sampling.max_new_tokens, FIRST_ROOM))
         mode = selection.mode_of(sampling)
         selection.prepare(slot, sampling)
         place(slot, state)
         slot.logits.copy_(state.logits)
         selection.record(slot, selection.choose(slot, mode))
-        return _Run(self, slot, mode)
+        return _Run(self, state, mode)
 
     def _run(self, slot: Slot, mode: selection.Mode) -> None:
         """One step, captured."""
@@ -178,14 +185,25 @@ class GraphedDecoder:
             return old
         slot = self._pool.lease(capacity_for(state.length + more))
         slot.kv[:, :, :, : state.length] = old.kv[:, :, :, : state.length]
+        self._move(state, slot)
+        return slot
+
+    def _grow(self, state: GraphedState) -> Slot:
+        """A slot of twice the capacity that goes on where the state's stands, in the middle of an answer."""
+        slot = self._pool.lease(2 * state.slot.capacity)
+        slot.take_over(state.slot)
+        self._move(state, slot)
+        return slot
+
+    def _move(self, state: GraphedState, slot: Slot) -> None:
+        """Give the state's slot back and hold another."""
         state.logits = state.logits.clone()
         slot.mark_used()
-        old.mark_used()
+        state.slot.mark_used()
         if state._lease is not None:
             state._lease()
         state.slot = slot
         self._hold(state, slot)
-        return slot
 
     def _hold(self, state: GraphedState, slot: Slot) -> None:
         state._lease = weakref.finalize(state, self._pool.give_back, slot)
@@ -195,26 +213,36 @@ class GraphedDecoder:
 class _Run:
     """Steps queued on a slot, and the tokens that they made, on their way to the host."""
 
-    def __init__(self, decoder: GraphedDecoder, slot: Slot, mode: selection.Mode) -> None:
-        """The slot holds the first token."""
-        self._decoder, self._slot, self._mode = decoder, slot, mode
+    def __init__(self, decoder: GraphedDecoder, state: GraphedState, mode: selection.Mode) -> None:
+        """The state's slot holds the first token."""
+        self._decoder, self._state, self._mode = decoder, state, mode
+        self._slot, self._before = state.slot, state.length
         self._arrivals: deque[torch.cuda.Event | None] = deque()
-        self._queued = 0
+        self._landed: deque[int] = deque()
+        self._queued = self._read = 0
         self._arrive()
 
     @torch.inference_mode()
     def queue(self, count: int) -> None:
         """Queue steps until `count` tokens are made or under way."""
         while self._queued < count:
+            if self._before + self._queued >= self._slot.capacity:
+                # The old slot, and its memory on the host, may be another request's at once.
+                self._landed.extend([self._land() for _ in range(len(self._arrivals))])
+                self._slot = self._decoder._grow(self._state)
             self._decoder._run(self._slot, self._mode)
             self._arrive()
 
-    def token(self, index: int) -> int:
-        """Wait for a token; each once, in order."""
+    def token(self) -> int:
+        """Wait for the next token."""
+        return self._landed.popleft() if self._landed else self._land()
+
+    def _land(self) -> int:
         arrived = self._arrivals.popleft()
         if arrived is not None:
             arrived.synchronize()
-        return int(self._slot.seen[index])
+        self._read += 1
+        return int(self._slot.seen[self._read - 1])
 
     def _arrive(self) -> None:
         slot, index = self._slot, self._queued

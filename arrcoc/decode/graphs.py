@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-import threading
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-_capturing = threading.Lock()
+from arrcoc.capture import captured
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class Captures:
+    """Whether work is captured; shared by all memory of one decoder.
+
+    Attributes:
+        wanted: whether it is tried.
+        failure: why it is no longer tried; empty while it is.
+    """
+
+    wanted: bool
+    failure: str = ""
+
+    @classmethod
+    def on(cls, device: torch.device) -> Captures:
+        """Wanted where it can be done."""
+        return cls(device.type == "cuda")
+
+    def describe(self) -> str:
+        """How work is launched, in words."""
+        if not self.wanted:
+            return "not captured"
+        return f"no CUDA graphs ({self.failure})" if self.failure else "CUDA graphs"
+
+    def fail(self, error: RuntimeError) -> None:
+        """Try no more, and tell so once."""
+        if not self.failure:
+            self.failure = str(error).strip().partition("\n")[0] or type(error).__name__
+            _LOG.warning("decoding runs without CUDA graphs: %s", self.failure)
 
 
 class Memory(Protocol):
@@ -19,6 +52,7 @@ class Memory(Protocol):
     generator: torch.Generator
     graphs: dict[str, Any]
     pool: Any
+    captures: Captures
 
     @property
     def scalars(self) -> tuple[Tensor, ...]:
@@ -30,34 +64,38 @@ def run_captured(slot: Memory, name: str, work: Callable[[], None]) -> None:
     """Do `work` on a slot: from its graph `name`, which the first call captures.
 
     Before it is captured the work runs once on its own, so that whatever it compiles or loads is there; the
-    slot's scalars and its generator are put back afterwards.
+    slot's scalars and its generator are put back afterwards. Work that cannot be captured is called directly.
     """
-    if slot.kv.device.type != "cuda":
+    if not slot.captures.wanted:
         work()
         return
     with torch.cuda.device(slot.kv.device):
         if name not in slot.graphs:
-            slot.graphs[name] = _capture(slot, work)
-        slot.graphs[name].replay()
-
-
-def _capture(slot: Memory, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    device = slot.kv.device
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    current = torch.cuda.current_stream(device)
-    _rehearse(slot, work)
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(slot.generator)
-    stream.wait_stream(current)
-    # One capture at a time; thread-local, so that other threads may go on allocating.
-    with _capturing, torch.cuda.stream(stream):
-        graph.capture_begin(pool=slot.pool, capture_error_mode="thread_local")
-        try:
+            slot.graphs[name] = None if slot.captures.failure else _capture(slot, name, work)
+        graph = slot.graphs[name]
+        if graph is None:
             work()
-        finally:
-            graph.capture_end()
-    current.wait_stream(stream)
-    return graph
+        else:
+            graph.replay()
+
+
+def _capture(slot: Memory, name: str, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    """A graph of the work; None where CUDA refuses it or there is too little memory."""
+    _rehearse(slot, work)
+    random = slot.generator.get_state()
+    try:
+        return captured(work, slot.kv.device, slot.pool, slot.generator)[0]
+    except torch.OutOfMemoryError as error:  # other slots may be smaller
+        _LOG.warning("%s runs without a CUDA graph: %s", name, error)
+    except RuntimeError as error:
+        slot.captures.fail(error)
+    # A generator that took part in a failed capture draws no more, nor does any graph that it is part of.
+    torch.cuda.current_stream(slot.kv.device).synchronize()
+    slot.graphs.update(dict.fromkeys(slot.graphs))
+    slot.pool = torch.cuda.graph_pool_handle()
+    slot.generator = torch.Generator(device=slot.kv.device)
+    slot.generator.set_state(random)
+    return None
 
 
 def _rehearse(slot: Memory, work: Callable[[], None]) -> None:

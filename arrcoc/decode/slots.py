@@ -13,16 +13,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from arrcoc.decode.graphs import Captures
+from arrcoc.errors import DecodeError
 from arrcoc.text import TextWeights
 
 MOST_SPLITS = 64
 """Most parts that the attention of a step divides the cache into."""
+FIRST_ROOM = 4096
+"""Most positions that are reserved at first for an answer; a longer one grows when it gets there."""
 _LEAST_CAPACITY = 1024
 
 
 def capacity_for(positions: int) -> int:
     """Capacity of the smallest slot for a sequence: 1024 positions doubled as often as needed."""
     return max(_LEAST_CAPACITY, 1 << (positions - 1).bit_length())
+
+
+def no_room(nbytes: int, positions: int, device: torch.device) -> DecodeError:
+    """The error for keys and values that do not fit into the device's memory."""
+    free = f"{torch.cuda.mem_get_info(device)[0]:,} bytes, what is free" if device.type == "cuda" else "less"
+    given = f"keys and values of {nbytes:,} bytes for {positions:,} positions"
+    return DecodeError(given, free, "Lower max_new_tokens or the budget, or ask fewer questions at once")
 
 
 class PrefillInputs(NamedTuple):
@@ -59,12 +70,13 @@ class Slot:
         temperature, top_p: fp32 [1]; top_k: int64 [1].
         generator: source of the sampling noise.
         seen: pinned int64 [capacity] on the host, where tokens arrive; `history` itself without CUDA.
-        graphs: captured work by name, and `pool`, their memory.
+        graphs: captured work by name, None where it cannot be captured; `pool`, their memory.
+        captures: whether work is captured.
         used: end of the newest work on the slot, for whoever leases it next.
     """
 
-    def __init__(self, weights: TextWeights, capacity: int) -> None:
-        """Args: weights of the decoder; capacity in positions."""
+    def __init__(self, weights: TextWeights, capacity: int, captures: Captures | None = None) -> None:
+        """Args: weights of the decoder; capacity in positions; and if work is captured."""
         self.capacity = capacity
         table = weights.embedding
         device, heads, head_dim = table.device, weights.heads, weights.head_dim
@@ -95,6 +107,7 @@ class Slot:
         self.seen = torch.zeros(capacity, dtype=torch.int64, pin_memory=True) if on_gpu else self.history
         self.graphs: dict[str, Any] = {}
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.captures = Captures.on(device) if captures is None else captures
         self.used: torch.cuda.Event | None = None
         self._inputs: dict[int, PrefillInputs] = {}
         self._met: set[int] = set()
@@ -116,6 +129,16 @@ class Slot:
         met = size in self._met
         self._met.add(size)
         return met
+
+    def take_over(self, other: Slot) -> None:
+        """Go on where another, smaller slot stands, in the middle of an answer."""
+        self.kv[:, :, :, : other.capacity] = other.kv
+        self.history[: other.capacity] = other.history
+        for mine, given in zip(self.scalars, other.scalars, strict=True):
+            mine.copy_(given)
+        for name in ("temperature", "top_p", "top_k"):
+            getattr(self, name).copy_(getattr(other, name))
+        self.generator.set_state(other.generator.get_state())
 
     @property
     def scalars(self) -> tuple[Tensor, ...]:
@@ -140,22 +163,27 @@ class SlotPool:
     when it comes back.
     """
 
-    def __init__(self, weights: TextWeights, keep_bytes: int) -> None:
-        """Args: weights of the decoder; most bytes of idle slots."""
+    def __init__(self, weights: TextWeights, keep_bytes: int, captures: Captures | None = None) -> None:
+        """Args: weights of the decoder; most bytes of idle slots; whether work is captured."""
         self._weights, self._keep_bytes = weights, keep_bytes
+        self.captures = Captures.on(weights.embedding.device) if captures is None else captures
         self._idle: list[Slot] = []
         # Reentrant: a slot comes back by a finaliser, which may run anywhere, in these methods too.
         self._lock = threading.RLock()
 
     def lease(self, capacity: int) -> Slot:
-        """A slot of exactly this capacity, in order with the current stream."""
+        """A slot of exactly this capacity, in order with the current stream.
+
+        Raises:
+            DecodeError: there is too little memory for it.
+        """
         with self._lock:
             found = next((slot for slot in reversed(self._idle) if slot.capacity == capacity), None)
             if found is not None:
                 with suppress(ValueError):  # a finaliser that ran just now may have dropped it
                     self._idle.remove(found)
         if found is None:
-            return Slot(self._weights, capacity)
+            return self._make(capacity)
         if found.used is not None:
             torch.cuda.current_stream(found.kv.device).wait_event(found.used)
         return found
@@ -171,6 +199,24 @@ class SlotPool:
         for old in dropped:
             if old.used is not None:
                 old.used.synchronize()  # its memory may go to another stream at once
+
+    def _make(self, capacity: int) -> Slot:
+        try:
+            return Slot(self._weights, capacity, self.captures)
+        except torch.OutOfMemoryError:
+            with self._lock:
+                idle, self._idle = self._idle, []
+        for old in idle:
+            if old.used is not None:
+                old.used.synchronize()
+        del idle
+        weights = self._weights
+        try:
+            return Slot(weights, capacity, self.captures)
+        except torch.OutOfMemoryError as error:
+            table, width = weights.embedding, weights.kv_heads * weights.head_dim
+            size = 2 * len(weights.layers) * width * capacity * table.element_size()
+            raise no_room(size, capacity, table.device) from error
 
     def idle_bytes(self) -> int:
         """Bytes of the slots that are kept idle."""

@@ -122,7 +122,11 @@ class SpeculativeDecoder(GraphedDecoder):
         """Args: as for `GraphedDecoder`; proposer makes the guesses; step is for sampled decoding."""
         super().__init__(qwen, keep_bytes, room, prefill_chunk, step=step)
         self._proposer = proposer
-        self.backend += f", {proposer.name}"
+
+    @property
+    def backend(self) -> str:
+        """See `Decoder`."""
+        return f"{super().backend}, {self._proposer.name}"
 
     def generate(self, state: GraphedState, sampling: Sampling) -> Iterator[int]:
         """Token ids, one by one, until a stop token (not included) or `max_new_tokens`."""

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from arrcoc.demo.placards import sample
+from arrcoc.digests import file_digest
 from arrcoc.errors import ConfigError, ImageError
 from arrcoc.evaluation.records import Box, Case, Cases, file_label
 
@@ -192,5 +193,4 @@ def _bad_row(path: Path, line: int, reason: str) -> ConfigError:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return file_digest(path, hashlib.blake2b(digest_size=16))

@@ -150,9 +150,8 @@ def _work(share: Share, sending: Connection) -> None:
         except ArrcocError as error:
             sending.send(error)
         except Exception as error:
-            failed = RuntimeError(f"process {share.process}: {type(error).__name__}: {error}")
-            failed.add_note(traceback.format_exc())
-            sending.send(failed)
+            reason = f"process {share.process}: {type(error).__name__}: {error}"
+            sending.send(RuntimeError(f"{reason}\n{traceback.format_exc()}"))
 
 
 def _answer(share: Share, sending: Connection) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def provenance(lab: Lab, cases: Cases, arguments: Sequence[str]) -> dict[str, An
     return {
         "command": " ".join(["arrcoc eval", *(_last_part(part) for part in arguments)]),
         "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "versions": versions(),
         "device": device_name(lab.qwen.device),
         "dtype": str(lab.qwen.dtype).removeprefix("torch."),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from arrcoc.digests import file_digest
 from arrcoc.errors import ConfigError, ImageError, QueryError
 
 
@@ -101,8 +102,7 @@ def _bad(error: ValidationError, where: str) -> QueryError:
 
 def content_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path, hashlib.sha256())
 
 
 def held_out_images(hashes: Sequence[str], share: float, seed: int) -> frozenset[str]:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def _origin(qwen: QwenVL, presets: PresetChoice, questions: str | Path) -> dict[
         "questions": Path(questions).name,
         "device": device_name(qwen.device),
         "versions": {"torch": torch.__version__, "transformers": version("transformers")},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 

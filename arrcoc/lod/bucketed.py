@@ -18,6 +18,11 @@ class BucketedEngine(ABC):
         """Args: tokens along a tile's edge, tokens of margin, ascending batch sizes."""
         self.side, self.halo, self.buckets = side, halo, tuple(buckets)
 
+    @property
+    def apart(self) -> int:
+        """See `LodEngine.apart`."""
+        return 0
+
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Features:
         """See `LodEngine.encode`."""

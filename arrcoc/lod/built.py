@@ -31,6 +31,7 @@ class BuiltEngines:
         """Args: what `open` verified."""
         self.folder, self.manifest, self._qwen = folder, manifest, qwen
         self._plans: dict[str, tuple[Plan, Scratch]] = {}
+        self._runners: dict[tuple[str, int], PlanRunner] = {}
         self._onnx: OnnxRunner | None = None
         self._torch: TorchEngines | None = None
         self._graphs: dict[str, OnnxGraph | PlanGraphRunner] = {}
@@ -122,8 +123,11 @@ class BuiltEngines:
             with torch.cuda.device(self._qwen.device):
                 plan = Plan(made.backend, data, str(self.folder / lod.file))
             self._plans[lod.file] = plan, Scratch(plan, self._qwen.device)
-        plan, scratch = self._plans[lod.file]
-        return PlanRunner(plan, lod.profile, self._qwen.device, scratch), made.builder
+        place = lod.file, lod.profile
+        if place not in self._runners:  # TensorRT 8.6 gives a profile to one context alone
+            plan, scratch = self._plans[lod.file]
+            self._runners[place] = PlanRunner(plan, lod.profile, self._qwen.device, scratch)
+        return self._runners[place], made.builder
 
 
 def tower_facts(weights: VisionWeights, width: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arrcoc.capture import captured
 from arrcoc.lod.attention import Blocks
 from arrcoc.lod.bucketed import BucketedEngine
 from arrcoc.lod.fused_tower import FusedGeometry, FusedTower
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 MOST_PATCHES = 1 << 16
 """Most patches of one batch: larger ones run no faster, and take memory in proportion."""
+ALONE_PATCHES = 0
+"""Most patches of one batch that gets memory of its own where `lod_streams` is auto, so that LODs overlap."""
 _ALIGNMENT = 256  # of tensors in one buffer, in bytes
 
 
@@ -42,7 +45,6 @@ class Workspace:
             self._first: torch.cuda.CUDAGraph | None = None
             with torch.cuda.device(device):
                 self._pool = torch.cuda.graph_pool_handle()
-                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
                 self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     @contextmanager
@@ -83,25 +85,13 @@ class Workspace:
         if not self.captures or self.failure:
             return run
         try:
-            return self._captured(run).replay
+            graph, _ = captured(run, self.device, self._pool)
         except RuntimeError as error:
             self.failure = str(error).strip().splitlines()[0]
             logger.warning("LOD engines run without CUDA graphs: %s", self.failure)
             return run
-
-    def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        caller, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
-        self._stream.wait_stream(caller)
-        # Not by torch.cuda.graph, which empties the allocator's cache and stops every other thread's capture.
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                run()
-            finally:
-                graph.capture_end()
-        caller.wait_stream(self._stream)
         self._first = self._first or graph
-        return graph
+        return graph.replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +106,8 @@ class _Bucket:
 class GraphedLodEngine(BucketedEngine):
     """Encodes tiles of one side with the fused tower; see `LodEngine`. Threads may share it.
 
-    A bucket is captured when it is met for the first time, or by running it ahead of time.
+    A bucket is captured when it is met for the first time, or by running it ahead of time. Small ones may
+    have memory of the engine's own, and then run beside other engines; large ones fill a GPU alone.
     """
 
     def __init__(
@@ -129,6 +120,7 @@ class GraphedLodEngine(BucketedEngine):
         blocks: Blocks | None,
         name: str,
         fingerprint: str,
+        alone: int = 0,
     ) -> None:
         """Make an engine; nothing is compiled or captured yet.
 
@@ -141,6 +133,7 @@ class GraphedLodEngine(BucketedEngine):
             blocks: how the attention kernel is cut; None for a library's attention.
             name: of the backend, for people.
             fingerprint: see `LodEngine`.
+            alone: most patches of a batch that runs in memory of this engine's own.
         """
         edge = side + 2 * halo
         patches = (edge * tower.weights.merge) ** 2
@@ -149,6 +142,8 @@ class GraphedLodEngine(BucketedEngine):
         self._tower, self._workspace, self._blocks = tower, workspace, blocks
         self._shape: FusedGeometry = tower.geometry(edge, edge)
         self._edge_px = edge * tower.weights.token_px
+        self._apart = max((b for b in self.buckets if b * patches <= alone), default=0)
+        self._own = Workspace(workspace.device) if self._apart else workspace
         self._made: dict[int, _Bucket] = {}
 
     @property
@@ -156,8 +151,13 @@ class GraphedLodEngine(BucketedEngine):
         """See `LodEngine`."""
         if not self._workspace.captures:
             return self._name
-        failure = self._workspace.failure
+        failure = self._workspace.failure or self._own.failure
         return f"{self._name}, no CUDA graphs: {failure}" if failure else f"{self._name}, CUDA graphs"
+
+    @property
+    def apart(self) -> int:
+        """See `LodEngine`: batches are never larger than the smallest bucket that holds all tiles."""
+        return self._apart
 
     @torch.inference_mode()
     def encode_ahead(self, pixels: Tensor) -> Features:
@@ -170,9 +170,10 @@ class GraphedLodEngine(BucketedEngine):
         return self._encode_at(pixels, met)
 
     def _encode_bucket(self, pixels: Tensor, size: int) -> Features:
-        with self._workspace.turn():
+        room = self._own if size <= self._apart else self._workspace
+        with room.turn():
             if size not in self._made:
-                self._made[size] = self._make(size)
+                self._made[size] = self._make(size, room)
             bucket = self._made[size]
             # What is left in the rows behind are other tiles; no tile's features depend on its neighbours'.
             bucket.pixels[: len(pixels)].copy_(pixels)
@@ -180,10 +181,10 @@ class GraphedLodEngine(BucketedEngine):
             found = self._cropped(bucket.out, len(pixels))
             return Features(found.tokens.clone(), found.deepstack.clone())
 
-    def _make(self, size: int) -> _Bucket:
+    def _make(self, size: int, room: Workspace) -> _Bucket:
         empty = self._tower.shapes(size, self._shape)
         edge = (size, 3, self._edge_px, self._edge_px)
-        pixels, tokens, planes = self._workspace.take([(edge, torch.uint8), *empty])
+        pixels, tokens, planes = room.take([(edge, torch.uint8), *empty])
         out = Features(tokens, planes)
 
         def run() -> None:
@@ -191,4 +192,4 @@ class GraphedLodEngine(BucketedEngine):
 
         pixels.zero_()
         run()
-        return _Bucket(pixels, out, self._workspace.capture(run))
+        return _Bucket(pixels, out, room.capture(run))

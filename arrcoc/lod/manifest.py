@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from arrcoc.digests import file_digest
 from arrcoc.errors import EngineMismatchError
 
 MANIFEST_FILE = "manifest.json"
@@ -193,8 +194,7 @@ class Manifest(BaseModel):
         """
         for name, known in self.files.items():
             self._verify_size(folder, name, known)
-            with (folder / name).open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = file_digest(folder / name, hashlib.sha256())
             if digest != known.sha256:
                 raise self.mismatch(folder, f"sha256 of {name}", known.sha256, digest)
 
@@ -224,8 +224,7 @@ def record_files(folder: Path, names: Iterable[str]) -> dict[str, PlanFile]:
     """Sizes and SHA-256 of files in a folder."""
     found = {}
     for name in sorted(names):
-        with (folder / name).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = file_digest(folder / name, hashlib.sha256())
         found[name] = PlanFile(bytes=(folder / name).stat().st_size, sha256=digest)
     return found
 

@@ -37,6 +37,11 @@ class LodEngine(Protocol):
         """Hex digest of all that the features depend on besides the pixels; part of every cache key."""
         ...
 
+    @property
+    def apart(self) -> int:
+        """Most tiles of a call that shares no memory with other engines, and so may run beside theirs."""
+        ...
+
     def encode(self, pixels: Tensor) -> Features:
         """Encode tiles, in batches of the engine's buckets.
 

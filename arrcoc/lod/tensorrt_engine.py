@@ -1,4 +1,4 @@
-"""Binds torch tensors to a plan: the caller's stream, no copies, outputs of the caller's own."""
+"""Binds torch tensors to a plan: in the caller's stream's order, no copies, outputs of the caller's own."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ _OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16"
 class Scratch:
     """Device memory for the activations of all profiles of a plan, of which one runs at a time.
 
-    Its contents are overwritten by the next call, whatever stream that comes on. So calls wait for one
-    another on the device, never on the host.
+    Its contents are overwritten by the next call, whatever stream that comes on. So all work goes through
+    one stream: calls wait for one another on the device, never on the host. It is a stream of its own also
+    because TensorRT adds waits where it is given CUDA's default stream.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -28,7 +29,8 @@ class Scratch:
         self.memory = torch.empty(max(most, 1), dtype=torch.uint8, device=device)
         self.lock = threading.Lock()
         with torch.cuda.device(device):
-            self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # where the memory may still be in use
 
 
 class PlanRunner:
@@ -40,23 +42,22 @@ class PlanRunner:
         assert set(plan.outputs) == set(OUTPUTS), plan.outputs
         self._plan, self._device, self._scratch = plan, device, scratch
         with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device)
-            self._context = plan.context(profile, stream.cuda_stream, scratch.memory.data_ptr())
-            stream.synchronize()
+            self._context = plan.context(profile, scratch.stream.cuda_stream, scratch.memory.data_ptr())
 
     def __call__(self, patches: Tensor, shape: Geometry) -> Features:
-        """Enqueue on the current stream; see `Runner`."""
+        """Enqueue in the current stream's order; see `Runner`."""
         inputs = dict(zip(INPUTS, (patches, *shape), strict=True))
         assert all(tensor.is_contiguous() for tensor in inputs.values())
         with self._scratch.lock, torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream(self._device)
+            caller, stream = torch.cuda.current_stream(self._device), self._scratch.stream
             shapes = self._context.bind({name: tuple(tensor.shape) for name, tensor in inputs.items()})
-            # New memory for each call: what is returned may be cached, and is never written again.
+            # New memory for each call: what is returned may be cached, and is never written again. Inputs and
+            # outputs are of the caller's stream, which waits for the plan: none is reused too early.
             outputs = {name: self._empty(name, shapes[name]) for name in OUTPUTS}
-            stream.wait_event(self._scratch.done)
+            stream.wait_stream(caller)
             addresses = {name: tensor.data_ptr() for name, tensor in (inputs | outputs).items()}
             self._context.enqueue(addresses, stream.cuda_stream)
-            self._scratch.done.record(stream)
+            caller.wait_stream(stream)
         return Features(outputs["tokens"], outputs["deepstack"])
 
     def _empty(self, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -33,6 +33,7 @@ class TorchEngines:
         kind: Literal["auto", "eager", "graphed"] = "auto",
         precision: Literal["auto", "float8"] = "auto",
         error_limit: float = 0.05,
+        streams: Literal["auto", "one", "each"] = "auto",
     ) -> None:
         """Choose the kind, and arrange the weights for it.
 
@@ -41,12 +42,14 @@ class TorchEngines:
             kind: auto takes graphed engines where they can run.
             precision: auto is the checkpoint's; float8 is of graphed engines alone.
             error_limit: largest relative error of float8 encodings against the checkpoint's precision.
+            streams: see `lod_streams` in the configuration.
 
         Raises:
             EngineBuildError: what was asked for cannot run here, or float8 is too far off.
         """
         self._qwen, self._asked, self.reason = qwen, kind == "graphed" or precision == "float8", ""
         self._shared: tuple[FusedTower, Workspace] | None = None
+        self._streams = streams
         self._name = f"torch fused {str(qwen.dtype).removeprefix('torch.')}"
         if kind == "eager" and precision == "float8":
             given = "lod_precision='float8' with lod_engine='eager'"
@@ -80,12 +83,13 @@ class TorchEngines:
         self, tower: FusedTower, workspace: Workspace, side: int, buckets: Sequence[int], halo: int
     ) -> GraphedLodEngine:
         from arrcoc.lod.attention import fastest_blocks
-        from arrcoc.lod.graphed import GraphedLodEngine
+        from arrcoc.lod.graphed import ALONE_PATCHES, MOST_PATCHES, GraphedLodEngine
 
         vision = self._qwen.vision
+        alone = {"one": 0, "auto": ALONE_PATCHES, "each": MOST_PATCHES}[self._streams]
         blocks = fastest_blocks(((side + 2 * halo) * vision.merge) ** 2, vision.head_dim)
         identity = engine_fingerprint(self._qwen, side, halo, f"{self._name} {blocks}")
-        return GraphedLodEngine(tower, workspace, side, halo, buckets, blocks, self._name, identity)
+        return GraphedLodEngine(tower, workspace, side, halo, buckets, blocks, self._name, identity, alone)
 
     def _arranged(self, precision: str, error_limit: float) -> tuple[FusedTower, Workspace]:
         from arrcoc.lod import float8

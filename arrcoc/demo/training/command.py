@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def _record(trainer: Trainer, settings: Settings, done: bool) -> dict[str, Any]:
         "initial": settings.initial and settings.initial.name,
         "photographs": settings.photographs and settings.photographs.name,
         "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "versions": versions(),
         "recipe": describe(trainer.recipe),
     }
