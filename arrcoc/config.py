@@ -104,8 +104,8 @@ class Config(BaseModel):
     lod_error_limit: float = Field(default=0.05, gt=0)
     """Largest relative error of float8 encodings against the model's precision; above it they are refused."""
     lod_streams: Literal["auto", "one", "each"] = "auto"
-    """Whether a request's LODs run one after another in one memory (`one`), or on a CUDA stream each with memory
-    of its own; auto takes streams for small batches, where that is faster."""
+    """Whether a request's LODs run one after another in one memory (`one`), or on a CUDA stream each with
+    memory of its own (`each`); auto takes streams for small batches, where that is faster."""
     buckets: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 10, 12, 14, *range(16, 81, 4))
     """Batch sizes that a LOD engine runs at; smaller batches are padded up to one of them."""
     cache_bytes: int = Field(default=1 << 30, ge=0)

@@ -17,7 +17,8 @@ from torch import Tensor
 from arrcoc.attention_probe import attention_shares, probe_layers, sinks
 from arrcoc.config import Config
 from arrcoc.kv import KvCache
-from arrcoc.prefixes import Prefix, Probe, narrowed, rows, run_rest, run_rows, widened
+from arrcoc.prefix_run import rows, run_rest, run_rows
+from arrcoc.prefixes import Prefix, Probe, narrowed, widened
 from arrcoc.qwen import QwenVL
 from arrcoc.records import Features
 from arrcoc.shape_graphs import ShapeGraphs, Tensors

@@ -125,6 +125,32 @@ def test_a_glimpse_by_fused_kernels_that_fail_is_told_and_made_without(
     ]
 
 
+def test_too_little_memory_for_one_glimpse_leaves_the_fused_kernels_on(
+    qwen, frame, features, monkeypatch, caplog
+):
+    class Tight:
+        asked = 0
+
+        def encode(self, pixels):
+            self.asked += 1
+            if self.asked == 1:
+                raise torch.OutOfMemoryError("out of memory")
+            return "by fused kernels"
+
+        def describe(self):
+            return "CUDA graphs (0 captured)"
+
+    monkeypatch.setattr("arrcoc.glimpse.joint_tower", lambda _: Tight())
+    joint = JointGlimpse(qwen, fused=True)
+    assert torch.equal(joint.encode(frame).tokens, features.tokens)
+    assert joint.encode(frame) == "by fused kernels"
+    assert joint.describe() == "fused kernels, CUDA graphs (0 captured)"
+    assert JointGlimpse(qwen).describe() == "the stock weights"
+    assert [r.getMessage() for r in caplog.records] == [
+        "a glimpse is encoded without fused kernels: out of memory"
+    ]
+
+
 def test_fused_kernels_encode_glimpses_where_they_may(qwen, frame, features, monkeypatch):
     class Fused:
         def encode(self, pixels):

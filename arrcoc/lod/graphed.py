@@ -22,8 +22,12 @@ logger = logging.getLogger(__name__)
 
 MOST_PATCHES = 1 << 16
 """Most patches of one batch: larger ones run no faster, and take memory in proportion."""
-ALONE_PATCHES = 0
-"""Most patches of one batch that gets memory of its own where `lod_streams` is auto, so that LODs overlap."""
+ALONE_PATCHES = 6144
+"""Most patches of one batch that gets memory of its own where `lod_streams` is auto, so that LODs overlap.
+
+On an H200 batches of up to 5,760 patches gained by it, whole frames of large ones did not
+(`benchmarks/lod_engines.py`, section overlap).
+"""
 _ALIGNMENT = 256  # of tensors in one buffer, in bytes
 
 
