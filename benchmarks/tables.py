@@ -34,6 +34,7 @@ from judgements import (
 from lod_engines_picture import accuracy_table as lod_accuracy
 from lod_engines_picture import frames_table, mix_table, overlap_table, small_table
 from plan_stage_views import plan_stage_glimpse_table, plan_stage_table
+from tensorrt86_tables import errors_table, times_table, use_table
 
 from arrcoc import config as configs
 
@@ -133,7 +134,14 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "results:tensorrt86-bundled": _measured(
         "tensorrt86.json", lambda result: tensorrt86_times(result, "bundled")
     ),
-    "results:tensorrt86-2b": _measured("tensorrt86.json", lambda result: tensorrt86_times(result, "2b")),
+    "results:tensorrt86-torch-bundled": _measured(
+        "tensorrt86_torch.json", lambda result: times_table(result, "bundled")
+    ),
+    "results:tensorrt86-torch-2b": _measured(
+        "tensorrt86_torch.json", lambda result: times_table(result, "2b")
+    ),
+    "results:tensorrt86-torch-errors": _measured("tensorrt86_torch.json", errors_table),
+    "results:tensorrt86-torch-use": _measured("tensorrt86_torch.json", use_table),
     "results:tensorrt86-errors": _measured("tensorrt86.json", tensorrt86_errors),
     "results:tensions": _measured("tensions.json", tension_table),
     "results:tensions-ablation": _measured("tensions.json", ablation_table),

@@ -83,6 +83,16 @@ def bundled(device: torch.device) -> Case:
     return Case("bundled", StaticTower(loaded.vision), StaticTower(wide), configs.load("demo"), tiles)
 
 
+def unit_scale(tower: nn.Module) -> None:
+    """Weights of a stock tower normal of 1 / sqrt(fan-in), norms about 1, biases of 0.1; always the same."""
+    torch.manual_seed(0)
+    for name, weight in tower.named_parameters():
+        if weight.dim() > 1:
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+        else:
+            nn.init.normal_(weight, mean=float("norm" in name and name.endswith("weight")), std=0.1)
+
+
 def random_2b(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], VisionWeights]]:
     """A stock fp16 tower of 2B's shape, weights of unit scale, and what takes such a tower apart."""
     text = {"hidden_size": 2048, "num_hidden_layers": 1, "vocab_size": 64}
@@ -97,14 +107,9 @@ def random_2b(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], Vi
         "num_position_embeddings": 2304,
     }
     made = Qwen3VLConfig(text_config=text, vision_config=vision).vision_config
-    torch.manual_seed(0)
     with device:
         tower = Qwen3VLVisionModel._from_config(made, dtype=torch.float16).eval().requires_grad_(False)
-    for name, weight in tower.named_parameters():
-        if weight.dim() > 1:
-            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-        else:
-            nn.init.normal_(weight, mean=float("norm" in name and name.endswith("weight")), std=0.1)
+    unit_scale(tower)
 
     def weights(model: nn.Module) -> VisionWeights:
         stock: Any = SimpleNamespace(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,3 +103,84 @@ def test_other_work_is_told_from_ones_own(tables: Any) -> None:
     while engine_builds.own_seconds() - begin[1] < 0.3:
         total += 1
     assert engine_builds.machine_seconds() - begin[0] > 0.2
+
+
+PLACES = {"plan": {"tokens": 0.0005, "planes": [0.0004, 0.0006]}, "eager": {"tokens": 0.0007}}
+PLACES |= {"fused": {"tokens": 0.0008}, "rotation turned": {"tokens": 0.41}}
+TOGETHER: Any = ABOUT | {
+    "level": 0,
+    "matrix_peak_tflops": 500.0,
+    "cases": {
+        "bundled": {
+            "build_seconds": 43.4,
+            "plan_mb": 42.4,
+            "scratch_mb": 128.8,
+            "load_seconds": 1.26,
+            "gflop": {"side 2 x16": 100.0},
+            "errors": {"side 2 x16": PLACES},
+            "threads": {"calls": 400, "different": 0},
+            "answers": {
+                "questions": 60,
+                "full": {"changed": 1, "right": {"plan": 58, "eager": 59}},
+                "eighth": {"changed": 0, "right": {"plan": 50, "eager": 50}},
+            },
+            "times": {"side 2 x16": {"plan": 0.75, "eager": 4.0, "compiled": None, "fused": 0.5}},
+            "graph_times": {"side 2 x16": {"plan": 0.7, "eager": 0.6}},
+            "streams": {"single": {"own scratch, side by side": 1.5}},
+        },
+        "2b": {},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def together(scripts: None) -> Any:
+    import tensorrt86_tables
+
+    return tensorrt86_tables
+
+
+def test_whole_calls_stand_beside_torch_and_the_floor(together: Any) -> None:
+    row = together.times_table(TOGETHER, "bundled").splitlines()[2]
+    shown = ("0.75 ms", "4.00 ms", "", "0.50 ms", "0.70 ms", "0.60 ms", "", "0.20 ms")
+    assert row == f"| side 2 | 16 | {' | '.join(shown)} |"
+    assert together.times_table(TOGETHER, "2b") == "Not measured yet.\n"
+
+
+def test_errors_of_engines_are_those_of_every_output(together: Any) -> None:
+    row = together.errors_table(TOGETHER).splitlines()[2]
+    assert row == "| bundled | side 2 | 16 | 0.05% | 0.06% | 0.07% | 0.08% | 41.00% |"
+    assert together.errors_table(TOGETHER | {"cases": {"2b": {}}}) == "Not measured yet.\n"
+
+
+def test_use_of_a_build_is_told(together: Any) -> None:
+    lines = together.use_table(TOGETHER).splitlines()
+    assert lines[0] == "|  | bundled |", "2b was not built"
+    assert "| build | 43 s |" in lines
+    assert "| two threads: calls with other features than one by one | 0 of 400 |" in lines
+    assert (
+        "| answers at budget full: other than eager torch's; right, plan and eager | 1 of 60; 58, 59 |"
+        in lines
+    )
+    assert "| the four LODs, single batches: own scratch, side by side | 1.50 ms |" in lines
+    assert not any("largest" in line for line in lines)
+
+
+def test_the_first_build_that_is_done_counts(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tensorrt86_torch
+
+    write = "import pathlib; p = pathlib.Path('{}'); p.mkdir(); (p / 'manifest.json').write_text('')"
+
+    def command(self: Any, way: str, level: int) -> list[str]:
+        wait = "" if way.endswith("threads") else "import time; time.sleep(60); "
+        return ["-c", wait + write.format(tmp_path / way)]
+
+    monkeypatch.setattr(tensorrt86_torch.Building, "_command", command)
+    options = SimpleNamespace(work=tmp_path, level=0)
+    building = tensorrt86_torch.Building("2b", options)
+    assert building.wait(time.monotonic() + 20)
+    assert building.folder == tmp_path / "2b-threads"
+    assert tensorrt86_torch.Building("2b", options).wait(time.monotonic()), "it is found again"
+    assert not tensorrt86_torch.Building("bundled", options).wait(time.monotonic() + 0.5)
