@@ -72,6 +72,7 @@ class Case:
         self.largest = recipe(name, Path(name), 0).max_batch
         self._tiles = _cutter(device) if name == "bundled" else _noise(device)
         self.shapes = list(self._all_shapes())
+        torch._dynamo.config.recompile_limit = 64
         self._compiled = torch.compile(StaticTower(self.qwen.vision), dynamic=False)
         self._fused = TorchEngines(self.qwen)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from tensorrt86_checks import answers, compare, streams, threads
 from tensorrt86_engines import WAYS, Case, load, recipe
 from tensorrt86_timing import BEGIN, Run, attempt, captured, matrix_peak, median_ms, say
 
-from arrcoc.lod import BuiltEngines, plan_builder
+from arrcoc.lod import BuiltEngines
 from arrcoc.lod import build as builds
 
 DEVICE = torch.device("cuda")
@@ -39,60 +38,43 @@ _RESERVED = {"bundled": 25.0, "2b": 45.0}
 
 
 class Building:
-    """Builds of one plan in processes of their own, unless an earlier run did it; the first one counts."""
+    """A build of one plan in a process of its own, unless an earlier run did it."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.name, self._work, self.winner = name, options.work, name
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-        if any(self._built(way) for way in self._ways()):
-            return
-        for way in self._ways():
-            say(f"{way}: building")
-            with self._log(way).open("wb") as log:
-                command = [sys.executable, *self._command(way, options.level)]
-                self._running[way] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-
-    def _ways(self) -> tuple[str, ...]:
-        # Whether the builder's threads help is not known, and device time is scarce: both at once.
-        return (self.name,) if self.name == "bundled" else (self.name, f"{self.name}-threads")
-
-    def _command(self, way: str, level: int) -> list[str]:
-        out = str(self._work / way)
-        if self.name != "bundled":
-            return [str(SCRIPT), "--build", way, "--work", str(self._work), "--level", str(level)]
-        fixed = "-m arrcoc build --backend tensorrt --arch current --preset demo --precision fp16 --debug"
-        return [*fixed.split(), "--optimization-level", str(level), "--out", out]
-
-    def _built(self, way: str) -> bool:
-        if (self._work / way / "manifest.json").is_file():
-            self.winner = way
-            return True
-        return False
-
-    def _log(self, way: str) -> Path:
-        return self._work / f"{way}.log"
+        self.name, self._work = name, options.work
+        self.folder, self._log = options.work / name, options.work / f"{name}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        if not self.done:
+            say(f"{name}: building")
+            with self._log.open("wb") as log:
+                command = [sys.executable, *self._command(options.level)]
+                self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     @property
-    def folder(self) -> Path:
-        """The build that counts."""
-        return self._work / self.winner
+    def done(self) -> bool:
+        """Whether there are engines: a build appears as a whole."""
+        return (self.folder / "manifest.json").is_file()
 
     def wait(self, deadline: float) -> bool:
-        """Until one is done or the deadline; the others are killed. Whether there are engines."""
-        ways = self._ways()
-        while not any(self._built(way) for way in ways):
-            alive = [way for way, process in self._running.items() if process.poll() is None]
-            if not alive or time.monotonic() > deadline:
-                break
-            time.sleep(0.2)
-        for way, process in self._running.items():
-            if not self._built(way) and process.poll() is None:
-                process.kill()
-                say(f"{way}: not built in time, killed")
+        """Until it is done or the deadline, when it is killed. Whether there are engines."""
+        process = self._process
+        if process is None:
+            return self.done
+        try:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            say(f"{self.name}: not built in time, killed")
+            process.kill()
             process.wait()
-            say(f"{way}: exit {process.returncode}; {_tail(self._log(way))}")
-        self._running.clear()
-        return any(self._built(way) for way in ways)
+        say(f"{self.name}: exit {process.returncode}; {_tail(self._log)}")
+        self._process = None
+        return self.done
+
+    def _command(self, level: int) -> list[str]:
+        if self.name != "bundled":
+            return [str(SCRIPT), "--build", self.name, "--work", str(self._work), "--level", str(level)]
+        fixed = "-m arrcoc build --backend tensorrt --arch current --preset demo --precision fp16 --debug"
+        return [*fixed.split(), "--optimization-level", str(level), "--out", str(self.folder)]
 
 
 class Runner:
@@ -165,7 +147,7 @@ class Runner:
             return
         torch.cuda.synchronize()
         manifest, kept = opened.manifest, self.whole["cases"][name]
-        kept["built"], kept["build_seconds"] = self.building[name].winner, manifest.build_seconds
+        kept["build_seconds"] = manifest.build_seconds
         kept["plan_mb"] = round(manifest.files["tower.plan"].bytes / 1e6, 1)
         kept["open_seconds"], kept["load_seconds"] = round(verified, 2), round(time.perf_counter() - begin, 2)
         kept["scratch_mb"] = round(opened._plans["tower.plan"][1].memory.numel() / 1e6, 1)
@@ -199,31 +181,16 @@ def _tail(path: Path) -> str:
     return " | ".join(path.read_text(errors="replace").splitlines()[-4:])[-900:]
 
 
-def build(way: str, work: Path, level: int) -> None:
+def build(name: str, work: Path, level: int) -> None:
     """Build the plan of a checkpoint that is made here, on this GPU."""
-    name, _, threads = way.partition("-")
-    if threads:
-        several_threads()
     plans = logging.getLogger("arrcoc.lod.plan")
     plans.setLevel(logging.DEBUG)
     plans.addHandler(logging.StreamHandler())
     made = load(name, DEVICE)
     made.model.to("cpu")
     say(f"{name}: weights")
-    manifest = builds.build(recipe(name, work / way, level), made, lambda what, done, total: say(what))
+    manifest = builds.build(recipe(name, work / name, level), made, lambda what, done, total: say(what))
     say(f"{name}: {manifest.build_seconds} s")
-
-
-def several_threads() -> None:
-    """Let builders that come use every core."""
-    single = plan_builder._builder
-
-    def several(trt: Any, log: Any) -> Any:
-        builder = single(trt, log)
-        builder.max_threads = os.cpu_count() or 1
-        return builder
-
-    plan_builder._builder = several
 
 
 def arguments() -> argparse.Namespace:

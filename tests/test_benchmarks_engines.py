@@ -166,21 +166,21 @@ def test_use_of_a_build_is_told(together: Any) -> None:
     assert not any("largest" in line for line in lines)
 
 
-def test_the_first_build_that_is_done_counts(
+def test_a_build_is_waited_for_found_again_and_killed_at_the_deadline(
     scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import tensorrt86_torch
 
     write = "import pathlib; p = pathlib.Path('{}'); p.mkdir(); (p / 'manifest.json').write_text('')"
 
-    def command(self: Any, way: str, level: int) -> list[str]:
-        wait = "" if way.endswith("threads") else "import time; time.sleep(60); "
-        return ["-c", wait + write.format(tmp_path / way)]
+    def command(self: Any, level: int) -> list[str]:
+        wait = "" if self.name == "2b" else "import time; time.sleep(60); "
+        return ["-c", wait + write.format(self.folder)]
 
     monkeypatch.setattr(tensorrt86_torch.Building, "_command", command)
     options = SimpleNamespace(work=tmp_path, level=0)
-    building = tensorrt86_torch.Building("2b", options)
-    assert building.wait(time.monotonic() + 20)
-    assert building.folder == tmp_path / "2b-threads"
+    assert tensorrt86_torch.Building("2b", options).wait(time.monotonic() + 20)
     assert tensorrt86_torch.Building("2b", options).wait(time.monotonic()), "it is found again"
-    assert not tensorrt86_torch.Building("bundled", options).wait(time.monotonic() + 0.5)
+    begin = time.monotonic()
+    assert not tensorrt86_torch.Building("bundled", options).wait(begin + 0.5)
+    assert time.monotonic() - begin < 20, "killed"

@@ -122,9 +122,11 @@ class FakeContext:
     def __init__(self) -> None:
         self.addresses: dict[str, int] = {}
         self.streams: list[int] = []
+        self.set: list[tuple[int, ...]] = []
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shape = shape
+        self.set.append(shape)
         return shape[0] <= 4
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -182,6 +184,17 @@ class FakeEngine86(FakeEngine):
 class FakeEngine10(FakeEngine):
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return 100 * (profile + 1)
+
+
+def test_context_sets_shapes_that_change_alone() -> None:
+    fake = FakeContext()
+    context = plan.Context(fake, ["a"], ["b"])
+    for rows in (3, 3, 2, 3):
+        assert context.bind({"a": (rows, 5)}) == {"b": (rows, 5)}
+    with pytest.raises(EngineMismatchError):
+        context.bind({"a": (5, 5)})
+    assert context.bind({"a": (3, 5)}) == {"b": (3, 5)}, "what was refused is not what is bound"
+    assert fake.set == [(3, 5), (2, 5), (3, 5), (5, 5), (3, 5)]
 
 
 def bare_plan(engine: FakeEngine, strategies: Any) -> plan.Plan:

@@ -45,6 +45,7 @@ from arrcoc.demo.placards import (
     shapes,
     split_of,
     target_tiles,
+    vocabulary,
 )
 from arrcoc.demo.placards import fonts as lettering
 from arrcoc.demo.placards.fonts import PLAIN, Hand
@@ -789,3 +790,20 @@ def test_a_contact_sheet_shows_every_example() -> None:
     cells = [outline[:254, :212], outline[:254, 212:], outline[254:, :212]]
     assert all(cell.any() for cell in cells)
     assert (pixels[470:, 220:] == 255).all()
+
+
+def test_an_older_matplotlib_has_a_font_for_every_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 3.11 it lacks the italic Computer Modern."""
+    folder = tmp_path / "mpl-data/fonts/ttf"
+    folder.mkdir(parents=True)
+    new = vocabulary.fonts("train")
+    for path in new:
+        if path.stem != "cmti10":
+            (folder / path.name).touch()
+    monkeypatch.setattr(vocabulary, "package_folder", lambda name: tmp_path)
+    old = vocabulary.fonts.__wrapped__("train")
+    assert len(old) == len(new)
+    assert all(path.is_file() for path in old)
+    assert [a.stem for a, b in zip(old, new, strict=True) if a.stem != b.stem] in (["STIXGeneralItalic"], [])

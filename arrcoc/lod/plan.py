@@ -140,21 +140,28 @@ class Context:
 
     def __init__(self, context: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         self._context, self._inputs, self._outputs = context, tuple(inputs), tuple(outputs)
+        self._bound: dict[str, tuple[int, ...]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def bind(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-        """Set the inputs' shapes; returns the outputs'.
+        """Set the inputs' shapes where they are others than before; returns the outputs'.
 
         Raises:
             EngineMismatchError: a shape lies outside the profile.
         """
         assert set(shapes) == set(self._inputs), (sorted(shapes), self._inputs)
-        for name in self._inputs:
-            if not self._context.set_input_shape(name, tuple(shapes[name])):
-                given = f"input {name} of shape {tuple(shapes[name])}"
-                raise EngineMismatchError(
-                    given, "the shapes that the plan was built for", "Build the engines again"
-                )
-        return {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
+        wanted = {name: tuple(shapes[name]) for name in self._inputs}
+        if wanted != self._bound:
+            self._bound = {}
+            for name, shape in wanted.items():
+                if not self._context.set_input_shape(name, shape):
+                    given = f"input {name} of shape {shape}"
+                    raise EngineMismatchError(
+                        given, "the shapes that the plan was built for", "Build the engines again"
+                    )
+            self._shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
+            self._bound = wanted
+        return dict(self._shapes)
 
     def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
         """Start the work on a CUDA stream and return at once.

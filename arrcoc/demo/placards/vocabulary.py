@@ -65,6 +65,8 @@ _FONTS: dict[Split, tuple[str, ...]] = {
     ),
     "test": ("DejaVuSansMono-Bold", "DejaVuSerif-BoldItalic", "STIXGeneralBolIta", "cmss10"),
 }
+_STAND_INS = {"cmti10": "STIXGeneralItalic"}
+"""For fonts that matplotlib brings along from 3.11 on, which does not run on Python 3.10."""
 _TEST_SHARE = 5
 
 
@@ -89,7 +91,9 @@ def neighbours(code: str) -> tuple[str, ...]:
 @cache
 def fonts(split: Split) -> tuple[Path, ...]:
     """Font files of a split, from those that matplotlib brings along."""
-    return tuple(package_folder("matplotlib") / f"mpl-data/fonts/ttf/{name}.ttf" for name in _FONTS[split])
+    folder = package_folder("matplotlib") / "mpl-data/fonts/ttf"
+    there = {path.stem for path in folder.glob("*.ttf")}
+    return tuple(folder / f"{name if name in there else _STAND_INS[name]}.ttf" for name in _FONTS[split])
 
 
 @cache
