@@ -252,6 +252,7 @@ def _glimpse_times(qwen: Any, frame: Frame, query: Query, config: Config) -> dic
         "encode_plain_ms": timed(lambda: plain.encode(frame), 5, 1),
         "encode_gap": float((features.tokens - unfused.tokens).norm() / unfused.tokens.norm()),
         "prefix_ms": timed(lambda: scorer().prepare(), 5, 2),
+        "prefix_by_graph_ms": timed(lambda: scorer(tails).prepare(), 10, 3),
         "question_ms": timed(lambda: eager.ask(query), 5, 2),
         "question_by_graph_ms": timed(lambda: static.ask(query), 10, 2),
         "question_by_graph_device_ms": queued(lambda: static.ask(query)),

@@ -33,19 +33,23 @@ def plan_stage_table(result: Mapping[str, Any]) -> str:
     return markdown_table(head, rows) + _source(result)
 
 
+_GLIMPSE_PARTS = (
+    "encode_ms", "prefix_ms", "prefix_by_graph_ms", "question_ms", "question_by_graph_ms", "question_floor_ms",
+)  # fmt: skip
+
+
 def plan_stage_glimpse_table(result: Mapping[str, Any]) -> str:
     """Milliseconds of the glimpse scorer's parts, by model size and frame."""
     assert not result["device"].startswith("cpu"), "absolute times are quoted of a GPU only"
     head = (
         "model, frame", "glimpse tokens", "encoding it", "its layers, once an image",
-        "a question, eager", "a question, one graph", "reading the layers' weights",
+        "the same, one graph", "a question, eager", "a question, one graph", "reading the layers' weights",
     )  # fmt: skip
     rows = []
     for model in result["glimpse"]:
         for image, found in model.items():
             if isinstance(found, Mapping) and "question_by_graph_ms" in found:
-                parts = ("encode_ms", "prefix_ms", "question_ms", "question_by_graph_ms", "question_floor_ms")
-                times = [f"{found[part]:.1f} ms" for part in parts]
+                times = [f"{found[part]:.1f} ms" if part in found else "" for part in _GLIMPSE_PARTS]
                 rows.append([f"{model['model'].upper()}, {image}", f"{found['tokens']:,}", *times])
     return markdown_table(head, rows) + _source(result)
 
