@@ -34,7 +34,8 @@ def plan_stage_table(result: Mapping[str, Any]) -> str:
 
 
 _GLIMPSE_PARTS = (
-    "encode_ms", "prefix_ms", "prefix_by_graph_ms", "question_ms", "question_by_graph_ms", "question_floor_ms",
+    "encode_ms", "prefix_ms", "prefix_by_graph_ms",
+    "question_ms", "question_by_graph_ms", "question_floor_ms",
 )  # fmt: skip
 
 
