@@ -125,13 +125,13 @@ def build(folder: Path, job: dict[str, Any]) -> bytes:
         tell("built", kept=True)
         return kept.read_bytes()
     pinned: list[int] = []
-    pin = plan_builder.pin_fp32
+    pin = plan_builder.pin_types
 
-    def counted(trt: Any, config: Any, network: Any) -> int:
-        pinned.append(pin(trt, config, network) if job["pin"] else 0)
+    def counted(trt: Any, config: Any, network: Any, precision: str) -> int:
+        pinned.append(pin(trt, config, network, precision) if job["pin"] else 0)
         return pinned[-1]
 
-    plan_builder.pin_fp32 = counted
+    plan_builder.pin_types = counted
     options = plan_builder.PlanOptions(job["precision"], level=job["level"])
     start = time.perf_counter()
     data = plan_builder.build("tensorrt", Path(job["onnx"]), job["profiles"], options)

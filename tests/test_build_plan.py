@@ -360,23 +360,34 @@ class Pinnable:
     """A layer of a real network that notes what is pinned."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.precision, self.types = layer, None, []
+        self.layer, self.precision, self.types, self.guess = layer, None, [], None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
+
+    def get_output(self, place: int) -> Any:
+        made = self.layer.get_output(place)
+        return made if self.guess is None else SimpleNamespace(name=made.name, dtype=self.guess)
 
     def set_output_type(self, place: int, kind: Any) -> None:
         self.types.append(kind)
 
 
-def test_rotation_is_pinned_to_fp32_where_types_are_weak(rtx: Any, graph: Path, half: qwen.QwenVL) -> None:
-    """A strongly typed network knows what is fp32: all of it but the casts, and nothing else, is pinned."""
+@pytest.mark.parametrize("guessed", [False, True], ids=["types known", "every cast said to give fp32"])
+def test_types_are_pinned_where_they_are_weak(
+    rtx: Any, graph: Path, half: qwen.QwenVL, guessed: bool
+) -> None:
+    """A strongly typed network knows what is fp32 and what fp16: all of it but the casts is pinned so."""
     log = plan.make_log(rtx)
     builder = rtx.Builder(log)
     network = builder.create_network(plan_builder.network_flags(rtx))
     parser = rtx.OnnxParser(network, log)
     assert parser.parse_from_file(str(graph))
     layers = [Pinnable(network.get_layer(i)) for i in range(network.num_layers)]
+    kinds = rtx.LayerType
+    for layer in layers:
+        if guessed and layer.type == kinds.CAST and layer.get_output(0).dtype == rtx.float16:
+            layer.guess = rtx.float32
     weak = SimpleNamespace(
         num_inputs=network.num_inputs,
         get_input=network.get_input,
@@ -384,14 +395,15 @@ def test_rotation_is_pinned_to_fp32_where_types_are_weak(rtx: Any, graph: Path, 
         get_layer=lambda place: layers[place],
     )
     flags = SimpleNamespace(PREFER_PRECISION_CONSTRAINTS="prefer")
-    trt = SimpleNamespace(float32=rtx.float32, LayerType=rtx.LayerType, BuilderFlag=flags)
+    trt = SimpleNamespace(float32=rtx.float32, float16=rtx.float16, LayerType=kinds, BuilderFlag=flags)
     config = Recorder()
-    count = plan_builder.pin_fp32(trt, config, weak)
+    count = plan_builder.pin_types(trt, config, weak, "fp16")
     assert config.set == ["prefer"]
-    pinned = {layer.name for layer in layers if layer.precision == rtx.float32}
-    assert all(len(layer.types) == layer.num_outputs for layer in layers if layer.name in pinned)
-    single = [layer for layer in layers if layer.get_output(0).dtype == rtx.float32]
-    assert pinned == {layer.name for layer in single if layer.type != rtx.LayerType.CAST}
+    known = {layer.name: layer.layer.get_output(0).dtype for layer in layers}
+    for kind, left in ((rtx.float32, (kinds.CAST,)), (rtx.float16, (kinds.CAST, kinds.CONSTANT))):
+        pinned = {layer.name for layer in layers if layer.precision == kind}
+        assert pinned == {n.name for n in layers if known[n.name] == kind and n.type not in left}
+    assert all(layer.types == [layer.precision] * layer.num_outputs for layer in layers if layer.precision)
     # Of queries and keys: two slices, a negation, a joint, two products and a sum.
     assert count >= 14 * len(half.vision.blocks)
 

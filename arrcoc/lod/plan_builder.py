@@ -3,8 +3,7 @@
 Runs under Python 3.9 too. What differs between versions is asked of the module, never of its version:
 8.6 wants `EXPLICIT_BATCH` and takes the precision as a builder flag; later ones are strongly typed, so the
 precision is the graph's own; TensorRT-RTX builds for other GPUs than the one at hand, or without any.
-Where the precision is a flag, the builder may compute in it whatever is faster so: what the graph has in
-fp32 is pinned.
+Where the precision is a flag, the builder may choose for each layer: each is pinned to what the graph has.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def build(
     config = builder.create_builder_config()
     set_precision(trt, config, options.precision)
     if options.precision != "fp32" and not strongly_typed(trt):
-        pin_fp32(trt, config, network)
+        pin_types(trt, config, network, options.precision)
     set_archs(trt, config, options.archs)
     set_effort(trt, config, options)
     for number, profile in enumerate(profiles):
@@ -135,30 +134,40 @@ def set_precision(trt: Any, config: Any, precision: str) -> None:
     config.set_flag(flag)
 
 
-def pin_fp32(trt: Any, config: Any, network: Any) -> int:
-    """Have a weakly typed builder compute in fp32 what the graph casts to it, as the rotary embedding is.
+def pin_types(trt: Any, config: Any, network: Any, precision: str) -> int:
+    """Have a weakly typed builder compute in fp32 what the graph casts to it, and the rest in its precision.
 
-    Followed from inputs and casts in fp32 up to the casts out of it, since the types that such a network
-    tells of its own tensors are only guesses before it is built.
+    What is in fp32, as the rotary embedding is, is followed from inputs and casts to it up to the casts out
+    of it: the types that such a network tells of its tensors are guesses before it is built, and 8.6.0 says
+    fp32 of what any cast gives. The rest is pinned too, as a builder that searches little takes fp32.
 
     Returns:
-        How many layers were pinned.
+        How many layers were pinned to fp32.
     """
     config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+    kinds, narrow = trt.LayerType, {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    floats = (trt.float32, getattr(trt, narrow))
     wide = {t.name for t in map(network.get_input, range(network.num_inputs)) if t.dtype == trt.float32}
     pinned = 0
     for layer in map(network.get_layer, range(network.num_layers)):
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
         inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
-        if layer.type == trt.LayerType.CAST:
-            wide.update(tensor.name for tensor in outputs if tensor.dtype == trt.float32)
-        elif layer.type != trt.LayerType.SHAPE and any(t is not None and t.name in wide for t in inputs):
-            wide.update(tensor.name for tensor in outputs)
-            layer.precision = trt.float32
-            for place in range(layer.num_outputs):
-                layer.set_output_type(place, trt.float32)
+        in_fp32 = any(t is not None and t.name in wide for t in inputs)
+        if layer.type == kinds.CAST:
+            wide.update(t.name for t in outputs if t.dtype == trt.float32 and not in_fp32)
+        elif layer.type != kinds.SHAPE and in_fp32:
+            wide.update(t.name for t in outputs)
+            _pin(layer, trt.float32)
             pinned += 1
+        elif layer.type not in (kinds.SHAPE, kinds.CONSTANT) and all(t.dtype in floats for t in outputs):
+            _pin(layer, floats[1])
     return pinned
+
+
+def _pin(layer: Any, kind: Any) -> None:
+    layer.precision = kind
+    for place in range(layer.num_outputs):
+        layer.set_output_type(place, kind)
 
 
 def set_effort(trt: Any, config: Any, options: PlanOptions) -> None:
