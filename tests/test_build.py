@@ -347,3 +347,18 @@ def test_capped_buckets() -> None:
     assert capped((1, 2, 4, 8), 6) == (1, 2, 4, 6)
     assert capped((1, 2, 4, 8), 4) == (1, 2, 4)
     assert capped((8,), 3) == (3,)
+
+
+@pytest.mark.parametrize(("size", "warned"), [(32 << 20, False), (34 << 20, True)])
+def test_a_plan_that_holds_wider_weights_than_its_graph_is_named(
+    size: int, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "build_plan", lambda *_: bytes(size))
+    graph = tmp_path / "graphs" / "tower.onnx"
+    graph.parent.mkdir()
+    graph.write_bytes(bytes(1 << 20))
+    recipe = Recipe.make({"backend": "tensorrt_rtx", "preset": "demo", "out": tmp_path})
+    build._write_plan(recipe, graph, [], tmp_path / "tower.plan", lambda *_: None)
+    assert (tmp_path / "tower.plan").stat().st_size == size
+    expected = ["tower.plan has 36 MB, its graph 1 MB: the builder did not keep to fp16 everywhere"]
+    assert [record.getMessage() for record in caplog.records] == expected * warned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
@@ -31,6 +32,8 @@ from arrcoc.lod.tower import StaticTower
 from arrcoc.qwen import QwenVL
 from arrcoc.vision import VisionWeights
 
+_LOG = logging.getLogger(__name__)
+
 Progress = Callable[[str, int, int], None]
 """(what is under way, steps done, steps in all); 0 of 0 where a step of the build itself begins."""
 Judge = Callable[[Mapping[str, float], Progress], Accuracy]
@@ -39,6 +42,8 @@ Judge = Callable[[Mapping[str, float], Progress], Accuracy]
 PLAN_FILE = "tower.plan"
 _LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest relative error of the graph under ONNX Runtime against torch in the same precision."""
+_WIDER, _KERNELS = 1.5, 32 << 20
+"""A plan of more than this many times its graph's bytes, and this much for kernels, holds wider weights."""
 
 
 def build(
@@ -181,7 +186,12 @@ def _write_plan(recipe: Recipe, graph: Path, profiles: list[Profile], path: Path
     options = PlanOptions(
         recipe.precision, recipe.arch, workspace, recipe.timing_cache, recipe.optimization_level
     )
-    path.write_bytes(build_plan(recipe.backend, graph, profiles, options, progress))
+    data = build_plan(recipe.backend, graph, profiles, options, progress)
+    path.write_bytes(data)
+    weights = sum(file.stat().st_size for file in graph.parent.iterdir())
+    if len(data) > _WIDER * weights + _KERNELS:
+        sizes = f"{path.name} has {len(data) / 1e6:.0f} MB, its graph {weights / 1e6:.0f} MB"
+        _LOG.warning("%s: the builder did not keep to %s everywhere", sizes, recipe.precision)
 
 
 def _distinct(beside: Sequence[Beside]) -> list[Beside]:
