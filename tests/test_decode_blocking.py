@@ -47,7 +47,7 @@ class Launches:
 def launches(qwen, blocking: Blocking, pdl: bool) -> list[SimpleNamespace]:
     """All launches of one step."""
     step, noted = KernelStep(qwen.text, blocking, pdl, compile_only=True), Launches()
-    vars(step)["_kernels"] = noted
+    vars(step).update(_kernels=noted, _attention=noted)
     slot = Slot(qwen.text, 1024)
     step.logits(slot)
     step.finish(slot)

@@ -14,27 +14,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def _at_once(PDL: tl.constexpr):
-    """Where PDL is 2, let the kernel after this one begin to fetch its weights once all of this one runs.
-
-    All of them wait, and a kernel has not ended before its wait has: so whoever waits for the kernel before
-    waits for all those before it.
-    """
-    if PDL == 2:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def _after_previous(PDL: tl.constexpr):
-    """Wait for the kernel before, and where PDL is 1, let the one after begin to fetch its weights."""
-    if PDL > 0:
-        gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
+from arrcoc.decode.dependent import after_previous, at_once
 
 
 @triton.jit
@@ -107,7 +88,7 @@ def _row_sums(
     """Products fp32 [BLOCK_N] of rows of a weight [N, K] with x, normalised where NORM."""
     FOLD: tl.constexpr = 16 // (weight.dtype.element_ty.primitive_bitwidth // 8)
     tile = _load_tile(weight, rows, 0, N, K, BLOCK_K, EVEN)
-    _after_previous(PDL)
+    after_previous(PDL)
     value, scaled = _load_vector(x, gain, 0, K, BLOCK_K, NORM)
     sums = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
@@ -143,7 +124,7 @@ def product(
 
     SCALED multiplies row i by its scale. Programs: the sum of ceil(Ni / BLOCK_N).
     """
-    _at_once(PDL)
+    at_once(PDL)
     program = tl.program_id(0)
     first: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
     second: tl.constexpr = first + (N1 + BLOCK_N - 1) // BLOCK_N
@@ -170,12 +151,12 @@ def gated_product(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [N] = silu(gate norm(x)) * (up norm(x)), weights [N, K] each."""
-    _at_once(PDL)
+    at_once(PDL)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     FOLD: tl.constexpr = 16 // (gate.dtype.element_ty.primitive_bitwidth // 8)
     tile0 = _load_tile(gate, rows, 0, N, K, BLOCK_K, EVEN)
     tile1 = _load_tile(up, rows, 0, N, K, BLOCK_K, EVEN)
-    _after_previous(PDL)
+    after_previous(PDL)
     value, scaled = _load_vector(x, gain, 0, K, BLOCK_K, True)
     sums0 = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
     sums1 = tl.zeros((BLOCK_N, BLOCK_K // FOLD), tl.float32)
@@ -214,7 +195,7 @@ def vocabulary(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits fp32 [N] = weight [N, K] norm(x), and of every block of rows the largest and where it is."""
-    _at_once(PDL)
+    at_once(PDL)
     block = tl.program_id(0)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     result = _row_sums(weight, rows, N, x, gain, eps, K, True, BLOCK_N, BLOCK_K, EVEN, PDL)
@@ -231,8 +212,8 @@ def begin(
     D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x fp32 [D] = the token's embedding; cos and sin [HALF] of its rotary angles position * frequency."""
-    _at_once(PDL)
-    _after_previous(PDL)
+    at_once(PDL)
+    after_previous(PDL)
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
     row = table + tl.load(token) * D
@@ -245,136 +226,12 @@ def begin(
 
 
 @triton.jit
-def _head_halves(x, gain, cos, sin, rows, inside, eps, HALF: tl.constexpr):
-    """Heads at these rows of x [., 2 HALF], normalised and rotated: both halves, fp32 [rows, HALF]."""
-    half = tl.arange(0, HALF)
-    at = rows[:, None] * (2 * HALF) + half[None, :]
-    low = tl.load(x + at, mask=inside[:, None], other=0.0)
-    high = tl.load(x + at + HALF, mask=inside[:, None], other=0.0)
-    mean = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF)
-    inverse = (1.0 / tl.sqrt(mean + eps))[:, None]
-    low = low * inverse * tl.load(gain + half).to(tl.float32)[None, :]
-    high = high * inverse * tl.load(gain + HALF + half).to(tl.float32)[None, :]
-    return low * cos - high * sin, high * cos + low * sin
-
-
-@triton.jit
-def _load_kv(keys, values, cache, start, stop, HALF: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Both halves of keys, transposed [HALF, BLOCK_T], and values [BLOCK_T, 2 HALF] of some positions."""
-    at = start + tl.arange(0, BLOCK_T)
-    inside = at < stop
-    half, whole = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
-    place = cache + at.to(tl.int64) * (2 * HALF)
-    low = tl.load(keys + place[None, :] + half[:, None], mask=inside[None, :], other=0.0)
-    high = tl.load(keys + place[None, :] + HALF + half[:, None], mask=inside[None, :], other=0.0)
-    return low, high, tl.load(values + place[:, None] + whole[None, :], mask=inside[:, None], other=0.0)
-
-
-@triton.jit
-def _attend_tile(q_low, q_high, low, high, value, top, total, mixed, count, scale, BLOCK_T: tl.constexpr):
-    """The running softmax over `count` more positions: its largest score, its sum, and values mixed by it."""
-    scores = tl.dot(q_low, low, input_precision="ieee")
-    scores += tl.dot(q_high, high, input_precision="ieee")
-    scores = tl.where((tl.arange(0, BLOCK_T) < count)[None, :], scores * scale, -1.0e30)
-    higher = tl.maximum(top, tl.max(scores, 1))
-    weights = tl.exp(scores - higher[:, None])
-    rescale = tl.exp(top - higher)
-    more = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-    return higher, total * rescale + tl.sum(weights, 1), mixed * rescale[:, None] + more
-
-
-@triton.jit
-def attend(
-    qkv, q_gain, k_gain, cosine, sine, keys, values, length_at, sums, parts, arrived, y, scale, eps, capacity,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Attention of one new position over the cache and itself, whose key and value it also appends.
-
-    Program (h, s) takes the s-th part of the cache of key-value head h for all query heads that share it;
-    the last one to finish of a head joins its parts (split-K flash decoding).
-
-    Args:
-        qkv: fp32 [(HEADS + 2 KV_HEADS) * 2 HALF], not yet normalised or rotated.
-        keys, values: [KV_HEADS, capacity, 2 HALF]; `length_at` points to the number of positions in them.
-        sums: fp32 [HEADS, SPLITS, 2 HALF] and parts: fp32 [HEADS, SPLITS, 2], scratch.
-        arrived: int32 [KV_HEADS], all 0, and 0 again afterwards.
-        y: fp32 [HEADS * 2 HALF].
-        ROWS: at least HEADS / KV_HEADS, and 16: what a matrix product takes.
-        LANES: HEADS / KV_HEADS, rounded up to a power of two.
-    """
-    DIM: tl.constexpr = 2 * HALF
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    _at_once(PDL)
-    head, split = tl.program_id(0), tl.program_id(1)
-    cache = head.to(tl.int64) * capacity * DIM
-    # What lies in the cache was there before the kernel before this one began.
-    length = tl.load(length_at)
-    share = (length + SPLITS - 1) // SPLITS
-    start = split * share
-    stop = tl.minimum(start + share, length)
-    low, high, value = _load_kv(keys, values, cache, start, stop, HALF, BLOCK_T)
-    _after_previous(PDL)
-    half, whole = tl.arange(0, HALF), tl.arange(0, DIM)
-    cos, sin = tl.load(cosine + half)[None, :], tl.load(sine + half)[None, :]
-    row = tl.arange(0, ROWS)
-    q_low, q_high = _head_halves(qkv, q_gain, cos, sin, head * GROUP + row, row < GROUP, eps, HALF)
-    kind = keys.dtype.element_ty
-    q_low, q_high = q_low.to(kind), q_high.to(kind)
-
-    top = tl.full((ROWS,), -1.0e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, DIM), tl.float32)
-    if split == 0:
-        one = tl.arange(0, 1)
-        k_low, k_high = _head_halves(qkv, k_gain, cos, sin, HEADS + head + one, one < 1, eps, HALF)
-        k_low, k_high = k_low.to(kind), k_high.to(kind)
-        new = tl.load(qkv + (HEADS + KV_HEADS + head) * DIM + whole).to(kind)
-        there = cache + length.to(tl.int64) * DIM
-        tl.store(keys + there + half[None, :], k_low)
-        tl.store(keys + there + HALF + half[None, :], k_high)
-        tl.store(values + there + whole, new)
-        products = q_low.to(tl.float32) * k_low.to(tl.float32) + q_high.to(tl.float32) * k_high.to(tl.float32)
-        top = tl.sum(products, 1) * scale
-        total += 1.0
-        mixed += new.to(tl.float32)[None, :]
-
-    # Where a part is empty, what comes of it has the score -1e30, and no weight when parts are joined.
-    top, total, mixed = _attend_tile(
-        q_low, q_high, low, high, value, top, total, mixed, stop - start, scale, BLOCK_T
-    )
-    for begin_at in range(start + BLOCK_T, stop, BLOCK_T):
-        low, high, value = _load_kv(keys, values, cache, begin_at, stop, HALF, BLOCK_T)
-        top, total, mixed = _attend_tile(
-            q_low, q_high, low, high, value, top, total, mixed, stop - begin_at, scale, BLOCK_T
-        )
-
-    mine = (head * GROUP + row) * SPLITS + split
-    tl.store(parts + mine * 2, top, mask=row < GROUP)
-    tl.store(parts + mine * 2 + 1, total, mask=row < GROUP)
-    tl.store(sums + mine[:, None] * DIM + whole[None, :], mixed, mask=(row < GROUP)[:, None])
-    tl.debug_barrier()  # all of this program's stores, before the counter tells of them
-    if tl.atomic_add(arrived + head, 1, sem="acq_rel") == SPLITS - 1:
-        tl.store(arrived + head, 0)
-        lane = tl.arange(0, LANES)  # the heads of this group, up to a power of two
-        part = (head * GROUP + lane)[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-        there = (lane < GROUP)[:, None]
-        tops = tl.load(parts + part * 2, mask=there, other=0.0, cache_modifier=".cg")
-        totals = tl.load(parts + part * 2 + 1, mask=there, other=1.0, cache_modifier=".cg")
-        where = part[:, :, None] * DIM + whole[None, None, :]
-        each = tl.load(sums + where, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-        factor = tl.exp(tops - tl.max(tops, 1)[:, None])
-        joined = tl.sum(each * factor[:, :, None], 1) / tl.sum(totals * factor, 1)[:, None]
-        tl.store(y + (head * GROUP + lane)[:, None] * DIM + whole[None, :], joined, mask=there)
-
-
-@triton.jit
 def finish(
     best, best_at, token, history, step, length, position,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The likeliest token out of the blocks' best (the first of equals), written down; then one step on."""
-    _after_previous(PDL)
+    after_previous(PDL)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     at = tl.full((BLOCK,), 0, tl.int32)
     for start in range(0, BLOCKS, BLOCK):

@@ -90,6 +90,12 @@ class KernelStep:
 
         return kernels
 
+    @cached_property
+    def _attention(self) -> ModuleType:
+        from arrcoc.decode import attend_kernel
+
+        return attend_kernel
+
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], warps: int, arguments: Any, constants: dict[str, Any]
     ) -> None:
@@ -178,7 +184,7 @@ class KernelStep:
         positions, splits, warps = self._blocking.attend
         assert splits <= MOST_SPLITS, f"{splits} parts"
         constants |= {"SPLITS": splits, "BLOCK_T": positions}
-        self._launch(self._kernels.attend, (kv_heads, splits), warps, arguments, constants)
+        self._launch(self._attention.attend, (kv_heads, splits), warps, arguments, constants)
 
     def _head(self, slot: Slot) -> None:
         weights, blocks = self._weights, self._blocking.head
