@@ -16,7 +16,7 @@ PRIORITY = -1
 """Of the streams that are captured on, and of no others: PyTorch hands out 32 streams of each priority, then
 the same ones again, so a stream of the usual priority may at any time become another thread's."""
 
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.RLock()  # reentrant, so that a capture inside a capture fails instead of waiting
 _streams: dict[int, torch.cuda.Stream] = {}
 _spoilt: list[torch.cuda.CUDAGraph] = []
 

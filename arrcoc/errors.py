@@ -19,6 +19,11 @@ class ArrcocError(Exception):
         return f"{self.given}. Allowed: {self.allowed}. {self.remedy}."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, its kind where it says nothing: for logs and `describe()`."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class ConfigError(ArrcocError):
     """A preset, a configuration file or an override is not usable."""
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from arrcoc.attention_probe import attention_shares, probe_layers, relative, tile_shares
 from arrcoc.capture import captured
 from arrcoc.config import Config
+from arrcoc.errors import first_line
 from arrcoc.kv import KvCache
 from arrcoc.prefix_graph import FirstLooks
 from arrcoc.prefixes import Prefix
@@ -160,7 +161,7 @@ class Tails:
                 made.forget(size)
                 return made.compute(size)
             except RuntimeError as error:
-                self.failure = str(error).strip().splitlines()[0]
+                self.failure = first_line(error)
                 _LOG.warning("questions are read without CUDA graphs: %s", self.failure)
         return made.run(size)
 
@@ -218,6 +219,7 @@ class TailPass:
         if self._holds is None or self._holds() is not prefix:
             probe = prefix.probe
             assert probe is not None, "prepared"
+            self._holds = None  # until all of it is there: any part may run out of memory
             prefix.load_into(self._kv)
             for row, layer in zip(self._excluded, self._layers, strict=True):
                 row.copy_(probe.excluded[layer])

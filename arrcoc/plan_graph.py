@@ -20,6 +20,7 @@ from torch import Tensor
 from arrcoc import opponent, scorers, streams, texture, texture_kernel
 from arrcoc.capture import captured
 from arrcoc.config import Config
+from arrcoc.errors import first_line
 from arrcoc.records import Frame, Grid, Query, Relevance, Scores, Tensions, Texture
 
 _LOG = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class PlanGraphs:
         try:
             return self._make(shape)
         except RuntimeError as error:
-            self.failure = str(error).strip().splitlines()[0]
+            self.failure = first_line(error)
             _LOG.warning("the plan stage runs without CUDA graphs: %s", self.failure)
             return None
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arrcoc.capture import captured
+from arrcoc.errors import first_line
 
 _LOG = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ class ShapeGraphs(Generic[W]):
         except torch.OutOfMemoryError:  # another time there may be enough
             del self._shapes[shape]
         except RuntimeError as error:
-            self.failure = str(error).strip().partition("\n")[0] or type(error).__name__
+            self.failure = first_line(error)
             _LOG.warning("%s without CUDA graphs: %s", self._purpose, self.failure)
         else:
             self._first = self._first or graph

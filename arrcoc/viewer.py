@@ -222,7 +222,7 @@ class Viewer:
     def _built_engine(self, built: BuiltEngines, config: Config, lod: Lod) -> LodEngine:
         key = config.sides[lod], config.buckets, config.halo
         if key not in self._lod_engines:
-            self._lod_engines[key] = built.engine(config.sides[lod], config.buckets)
+            self._lod_engines[key] = built.engine(config.sides[lod], config.buckets, self._torch)
         return self._lod_engines[key]
 
     def _lod_engine(self, side: int, buckets: tuple[int, ...], halo: int) -> LodEngine:

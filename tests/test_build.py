@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from arrcoc import ConfigError, Engine, EngineBuildError, EngineMismatchError, cli, qwen
-from arrcoc.lod import BuiltEngines, TorchLodEngine, build, manifest
+from arrcoc.lod import BuiltEngines, TorchEngines, TorchLodEngine, build, manifest
 from arrcoc.lod.built import ONNX_FILE
 from arrcoc.lod.export import relative_error
 from arrcoc.lod.recipe import Recipe, check
@@ -227,6 +227,24 @@ def test_torch_build_pins_model_and_preset(checkpoint: QwenVL, tmp_path: Path) -
     assert made.files == {}
     engine = BuiltEngines.open(tmp_path / "pinned", checkpoint).engine(3, (1, 2, 16))
     assert (engine.side, engine.halo, engine.backend) == (3, 1, "torch eager float32")
+
+
+def test_torch_build_runs_on_the_engines_that_the_configuration_makes(
+    tiny_checkpoint: Path, checkpoint: QwenVL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build.build(recipe(tmp_path / "pinned"), checkpoint)
+    asked = []
+
+    class Noted(TorchEngines):
+        def __init__(self, qwen: QwenVL, *options: Any) -> None:
+            super().__init__(qwen, *options)
+            asked.append(options)
+
+    for module in ("arrcoc.viewer", "arrcoc.lod.built"):
+        monkeypatch.setattr(f"{module}.TorchEngines", Noted)
+    options = {"preset": "demo", "engines": tmp_path / "pinned", "lod_engine": "eager", "lod_streams": "one"}
+    Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", **options)
+    assert [(kind, streams) for kind, _, _, streams in asked] == [("eager", "one")]
 
 
 def test_build_is_atomic(checkpoint: QwenVL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

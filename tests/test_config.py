@@ -180,3 +180,9 @@ def test_missing_preset_names_those_there_are(missing: str) -> None:
 def test_config_cannot_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.build({}).budget = 1
+
+
+def test_a_layout_prints_as_its_word() -> None:
+    """On every Python: `enum.StrEnum` is of 3.11."""
+    assert (str(Layout.REFINE), f"{Layout.REFINE:>7}") == ("refine", " refine")
+    assert Layout("refine") is Layout.REFINE == "refine"

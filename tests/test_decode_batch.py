@@ -70,6 +70,15 @@ def test_memory_grows_in_the_middle_of_the_answers(engine, eager, prompts, sampl
     assert made == [alone(eager, prompt, 90, **sampled) for prompt in prompts]
 
 
+def test_memory_of_a_former_batch_is_lent_to_the_stream_that_uses_it(engine, prompts, monkeypatch) -> None:
+    lent: list[int] = []
+    monkeypatch.setattr(decode_batch.BatchMemory, "lend", lambda self: lent.append(id(self)))
+    batch = BatchDecoder(engine._qwen)
+    for _ in range(2):
+        batch.generate(prompts, [None] * 3, Sampling(max_new_tokens=2))
+    assert lent == [id(batch._kept[0])], "its own memory needs no lending"
+
+
 def test_batches_are_captured_unless_the_decoder_is_to_be_eager(engine, prompts, monkeypatch) -> None:
     """On CUDA; here it is only asked for."""
     for choice in ("eager", "graphed"):

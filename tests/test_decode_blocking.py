@@ -105,3 +105,23 @@ def test_a_product_for_hopper_loads_weights_before_it_waits(kind: str, early: bo
     assert "ld.global" in before  # its first weights
     assert ("griddepcontrol.launch_dependents" in before) == early
     assert ("griddepcontrol.launch_dependents" in after) == (not early)
+
+
+def test_a_step_begins_after_the_one_before_has_ended() -> None:
+    """The attention reads the length before it waits: no kernel of a step may run beside the last one's."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from arrcoc.decode.kernels import begin
+
+    constants = {"D": 2048, "HALF": 64, "BLOCK": 512, "PDL": 2}
+    types = {"token": "*i64", "table": "*bf16"}
+    names = begin.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
+    values = {(names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(fn=begin, signature=signature, constexprs=values)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"launch_pdl": True})
+    before, after = made.asm["ptx"].split("griddepcontrol.wait")
+    assert "griddepcontrol.launch_dependents" not in before
+    assert "griddepcontrol.launch_dependents" in after

@@ -326,6 +326,24 @@ def test_the_kernels_equal_the_layers() -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+def test_a_slot_comes_back_with_what_a_failed_prefill_queued(decoder, make, monkeypatch) -> None:
+    """Whoever leases it next, on another stream, waits for that."""
+    events: list[str] = []
+
+    def fail(*_):
+        events.append("queued")
+        raise torch.OutOfMemoryError("out of memory")
+
+    give_back = SlotPool.give_back
+    monkeypatch.setattr(graphed_decoder.prefilling, "fill", fail)
+    monkeypatch.setattr(Slot, "mark_used", lambda _: events.append("marked"))
+    monkeypatch.setattr(SlotPool, "give_back", lambda *given: (events.append("back"), give_back(*given)))
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.prefill(make(40))
+    gc.collect()
+    assert events == ["queued", "marked", "back"]
+
+
 # Captures that fail.
 
 
@@ -360,6 +378,17 @@ def test_an_answer_is_given_where_nothing_can_be_captured(qwen, make, eager, ref
     assert [r.getMessage() for r in caplog.records] == [
         "decoding runs without CUDA graphs: operation not permitted"
     ]
+
+
+def test_graphs_that_draw_from_a_spoilt_generator_are_used_no_more(qwen, refusing) -> None:
+    slot, ran = Slot(qwen.text, 1024), list[str]()
+    slot.captures.wanted, spoilt = True, slot.generator
+    slot.graphs["older"] = SimpleNamespace(replay=lambda: pytest.fail("it draws no more"))
+    for name in ("newer", "older"):
+        graphs.run_captured(slot, name, lambda name=name: ran.append(name))
+    assert ran == ["newer", "newer", "older"], "once as a rehearsal"
+    assert (slot.graphs, len(refusing)) == ({"older": None, "newer": None}, 1)
+    assert slot.generator is not spoilt
 
 
 def test_too_little_memory_for_one_graph_is_no_failure_for_good(

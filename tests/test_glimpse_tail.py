@@ -148,6 +148,24 @@ def test_no_more_than_so_many_shapes_are_kept(qwen, photo, monkeypatch):
     assert [shape.grid for shape in tails._passes] == [small.grid]
 
 
+def test_memory_that_ran_out_half_way_leaves_no_image_in_anothers_place(qwen, photo, monkeypatch):
+    tails = Tails(qwen, CONFIG)
+    first, second = (scorer(qwen, framed(qwen, photo, left), tails) for left in (0, 128))
+    expected = asked(first, qwen, LONG)
+    load_into = Prefix.load_into
+
+    def half(self: Prefix, buffer: Tensor) -> None:
+        load_into(self, buffer)
+        raise torch.OutOfMemoryError("out of memory")
+
+    second.prepare()
+    monkeypatch.setattr(Prefix, "load_into", half)
+    with pytest.raises(torch.OutOfMemoryError):
+        asked(second, qwen, LONG)
+    monkeypatch.undo()
+    assert torch.equal(asked(first, qwen, LONG), expected)
+
+
 # Which passes are captured.
 
 
@@ -221,12 +239,21 @@ def test_preparing_captures_before_the_first_question(qwen, photo, pretended):
     assert len(made) == 1
 
 
-def test_a_failed_capture_is_told_once_and_not_tried_again(qwen, photo, pretended, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("operation not permitted\nwhen stream is capturing", "operation not permitted"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_a_failed_capture_is_told_once_and_not_tried_again(
+    message, told, qwen, photo, pretended, monkeypatch, caplog
+):
     tails, tried = pretended[0], []
 
     def capture(*_: Any) -> Any:
         tried.append(1)
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(glimpse_tail, "captured", capture)
     one = scorer(qwen, framed(qwen, photo), tails)
@@ -234,10 +261,8 @@ def test_a_failed_capture_is_told_once_and_not_tried_again(qwen, photo, pretende
         found = [asked(one, qwen, SHORT) for _ in range(4)]
     assert all(torch.equal(each, found[0]) for each in found)
     assert tried == [1]
-    assert tails.describe().startswith("no CUDA graphs (operation not permitted); first looks: not captured")
-    assert [r.getMessage() for r in caplog.records] == [
-        "questions are read without CUDA graphs: operation not permitted"
-    ]
+    assert tails.describe().startswith(f"no CUDA graphs ({told}); first looks: not captured")
+    assert [r.getMessage() for r in caplog.records] == [f"questions are read without CUDA graphs: {told}"]
 
 
 # On a GPU.

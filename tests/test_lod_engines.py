@@ -142,16 +142,18 @@ def test_engines_with_memory_of_their_own_do_not_wait_for_one_another() -> None:
         assert len(waiting.result(30).tokens) == 1
 
 
-@pytest.mark.parametrize(("streams", "apart"), [("one", 0), ("auto", None), ("each", 2)])
+@pytest.mark.parametrize(("streams", "apart"), [("one", 0), ("auto", 2), ("each", 4)])
 def test_the_configuration_says_which_batches_overlap(
-    streams: Any, apart: int | None, qwen: QwenVL, monkeypatch: pytest.MonkeyPatch
+    streams: Any, apart: int, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from arrcoc.lod.graphed import ALONE_PATCHES
-
+    """Side 1 has four patches a tile, of which `auto` here takes eleven."""
+    monkeypatch.setattr("arrcoc.lod.graphed.ALONE_PATCHES", 11)
     monkeypatch.setattr(torch_engines, "_obstacle", lambda *_: "")
     monkeypatch.setattr(TorchEngines, "_arranged", lambda *_: (MeanTower(), Workspace(CPU)))
-    found = TorchEngines(qwen, streams=streams).engine(1, (1, 2), 0).apart
-    assert found == (min(ALONE_PATCHES // 4, 2) if apart is None else apart)
+    options = {"lod_streams": streams, "sides": (1, 2, 3, 4), "buckets": (1, 2, 4)}
+    engine = Engine.from_pretrained(tiny_checkpoint, preset="demo", device="cpu", halo=0, **options)
+    (found,) = [made.apart for (side, *_), made in engine._viewer._lod_engines.items() if side == 1]
+    assert found == apart
 
 
 def test_what_is_encoded_ahead_makes_no_bucket() -> None:
@@ -211,6 +213,20 @@ def test_a_refused_capture_is_logged_once_and_shown(
     ]
     engine = GraphedLodEngine(MeanTower(), room, 1, 0, (1,), None, "torch fused", "f")  # type: ignore[arg-type]
     assert engine.backend == "torch fused, no CUDA graphs: operation not permitted"
+
+
+def test_too_little_memory_for_one_bucket_is_no_failure_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    room, errors = Workspace(CPU), [torch.OutOfMemoryError("out of memory"), RuntimeError()]
+    room.captures, room._pool = True, None
+
+    def refuse(*_: Any) -> Any:
+        raise errors.pop(0)
+
+    monkeypatch.setattr("arrcoc.lod.graphed.captured", refuse)
+    run = lambda: None  # noqa: E731
+    assert (room.capture(run), room.failure) == (run, "")
+    assert (room.capture(run), room.failure) == (run, "RuntimeError"), "which says nothing more"
+    assert errors == []
 
 
 def test_the_cpu_is_served_eagerly(qwen: QwenVL) -> None:

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from arrcoc import Engine, prefix_graph, shape_graphs
 from arrcoc.config import build, load
+from arrcoc.glimpse import GlimpseScorer
 from arrcoc.lod.joint import JointTower, joint_tower
 from arrcoc.prefix_graph import FirstLooks
 from arrcoc.prefixes import Prefix
 from arrcoc.qwen import QwenVL
-from arrcoc.records import Features
+from arrcoc.records import Features, Grid
 
 CONFIG = load("demo")
 FLOAT8 = build(CONFIG.model_dump() | {"prefix_dtype": "float8"})
-SHALLOW = build(CONFIG.model_dump() | {"probe_depth": (0.25,)})
+SHALLOW = build(CONFIG.model_dump() | {"probe_depth": (0.01,)})
+"""Layer 0 alone is probed, so that DeepStack planes are added in the remaining layers too."""
 WHERE = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0, 4, 8, 0, 4, 8]])
 
 
@@ -137,8 +139,44 @@ def test_a_large_glimpse_is_launched_directly(qwen, pretended, monkeypatch) -> N
     looks = FirstLooks(qwen, CONFIG)
     made = pretended(looks)
     for _ in range(3):
-        look(looks, features_of(qwen, 0))
+        look(looks, features_of(qwen, 0)).complete(qwen)
     assert made == []
+
+
+def test_in_float8_the_generic_prompt_meets_the_keys_that_questions_will_meet(qwen) -> None:
+    """In layer 0, whose rows do not depend on what was narrowed before."""
+    config = SHALLOW.updated({"prefix_dtype": "float8"})
+    looks, image = FirstLooks(qwen, config), features_of(qwen, 3)
+    prefix = look(looks, image)
+    assert prefix.probe is not None
+    scorer = GlimpseScorer(qwen, image, WHERE, 12.0, Grid(2, 3, 128), config, prefix)
+    asked = scorer._attention(prefix, looks.prompt[1])
+    torch.testing.assert_close(asked, prefix.probe.generic, atol=1e-6, rtol=1e-5)
+
+
+class MeanTower:
+    """Stands for the fused tower: an image's features are the mean of its pixels."""
+
+    weights = SimpleNamespace(patch_bias=torch.zeros(1), token_px=32, merge=2, head_dim=64)
+
+    def geometry(self, rows: int, cols: int) -> Any:
+        return SimpleNamespace(start=torch.zeros(1), count=rows * cols)
+
+    def forward(self, pixels: Tensor, shape: Any, blocks: Any) -> Features:
+        tokens = pixels.float().mean().expand(1, shape.count, 2).clone()
+        return Features(tokens, 2 * tokens[None])
+
+
+def test_every_joint_glimpse_of_a_shape_gets_its_own_features(pretended) -> None:
+    pytest.importorskip("triton")
+    tower = JointTower(MeanTower())  # type: ignore[arg-type]
+    made = pretended(SimpleNamespace(_graphs=tower._graphs, _rests=tower._graphs))
+    values = (1, 2, 3, 4)
+    found = [tower.encode(torch.full((1, 3, 64, 96), value, dtype=torch.uint8)) for value in values]
+    assert len(made) == 1
+    for value, features in zip(values, found, strict=True):
+        assert torch.equal(features.tokens, torch.full((1, 6, 2), float(value)))
+        assert torch.equal(features.deepstack, torch.full((1, 1, 6, 2), 2.0 * value))
 
 
 # On a GPU.

@@ -128,6 +128,25 @@ def test_what_was_unused_for_longest_goes(made: list[Noted], keep_bytes: int, ke
     assert double(graphs, [1.0]) is None, "met as if for the first time"
 
 
+def test_inputs_and_results_are_counted_and_let_go_of_at_once(made: list[Noted]) -> None:
+    """8 bytes of one number, 16 of two; whoever used them last is waited for."""
+    graphs, waited = graphs_of(keep_bytes=20), list[int]()
+    graphs._used = SimpleNamespace(synchronize=lambda: waited.append(len(made)))  # type: ignore[assignment]
+    for _ in range(2):
+        double(graphs, [1.0])
+    for _ in range(2):
+        assert waited == []
+        double(graphs, [1.0, 2.0])
+    assert (list(graphs._shapes), waited) == ([2], [2])
+
+
+def test_a_shape_that_was_just_used_stays(made: list[Noted]) -> None:
+    graphs = graphs_of(keep_shapes=2)
+    for values in ([1.0], [1.0], [1.0, 2.0], [1.0, 2.0], [1.0], [1.0, 2.0, 3.0]):
+        double(graphs, values)
+    assert list(graphs._shapes) == [1, 3]
+
+
 def test_a_failed_capture_is_told_once_and_captured_shapes_go_on(
     made: list[Noted], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

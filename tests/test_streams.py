@@ -22,6 +22,19 @@ class Pair:
     rest: tuple[Tensor, ...]
 
 
+def test_inside_a_capture_streams_are_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others of the usual kind may be any thread's, whose work must not land in the graph."""
+    made: list[int] = []
+    capturing = iter([False, True, False])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: next(capturing))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _, priority: made.append(priority))
+    pool = streams._StreamPool()
+    for _ in range(3):
+        pool.take(0, 2)
+    assert made == [0, 0, streams.PRIORITY, streams.PRIORITY]
+    assert streams.PRIORITY != 0
+
+
 def test_results_keep_the_order_of_the_tasks() -> None:
     tasks: list[Callable[[], int]] = [lambda: 3, lambda: 1, lambda: 2]
     assert streams.parallel(tasks, CPU) == [3, 1, 2]

@@ -74,7 +74,7 @@ def attend(
     at_once(PDL)
     head, split = tl.program_id(0), tl.program_id(1)
     cache = head.to(tl.int64) * capacity * DIM
-    # What lies in the cache was there before the kernel before this one began.
+    # Length and cache were there before this step's first kernel let any other begin.
     length = tl.load(length_at)
     share = (length + SPLITS - 1) // SPLITS
     start = split * share

@@ -74,6 +74,13 @@ class BatchMemory:
         for mine, given in zip(self.scalars, other.scalars, strict=True):
             mine.copy_(given)
 
+    def lend(self) -> None:
+        """Have the current stream's work end before the memory goes elsewhere, wherever it was made."""
+        if self.kv.is_cuda:
+            stream = torch.cuda.current_stream(self.kv.device)
+            for tensor in (self.kv, self.logits, *self.scalars):
+                tensor.record_stream(stream)
+
     @property
     def scalars(self) -> tuple[Tensor, ...]:
         """What a step changes besides keys and values."""
@@ -164,6 +171,7 @@ class BatchDecoder:
         with self._lock:
             kept, self._kept = self._kept, []
         if kept and len(kept[0].tokens) == rows and kept[0].capacity == capacity:
+            kept[0].lend()
             return kept[0]
         kept.clear()  # before more is asked for
         return BatchMemory(self._qwen, rows, capacity, self.captures)

@@ -15,7 +15,7 @@ from arrcoc.decode.layers_step import LayersStep
 from arrcoc.decode.protocol import Decoder
 from arrcoc.decode.speculative import Draft, PromptLookup, SpeculativeDecoder
 from arrcoc.decode.transformers_decoder import TransformersDecoder
-from arrcoc.errors import ConfigError
+from arrcoc.errors import ConfigError, first_line
 from arrcoc.qwen import QwenVL, load
 from arrcoc.records import Prompt
 
@@ -78,7 +78,7 @@ def trouble(decoder: GraphedDecoder, eager: TransformersDecoder, qwen: QwenVL) -
     try:
         have = decoder.step(decoder.prefill(prompt), 1)
     except (RuntimeError, ImportError, OSError, AttributeError, subprocess.SubprocessError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return f"{type(error).__name__}: {first_line(error)}"
     off = float((have - want).norm() / want.norm())
     return None if off < _MOST_OFF else f"logits are off by {off:.2g}"
 

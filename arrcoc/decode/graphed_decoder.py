@@ -118,8 +118,10 @@ class GraphedDecoder:
         slot = self._pool.lease(capacity_for(length + self._room))
         state = GraphedState(slot, slot.logits, prompt.next_position, length, prompt.text_ids)
         self._hold(state, slot)
-        state.logits = prefilling.fill(self._qwen, slot, prompt, prefix, self._chunk, self._most_static)
-        slot.mark_used()
+        try:
+            state.logits = prefilling.fill(self._qwen, slot, prompt, prefix, self._chunk, self._most_static)
+        finally:  # where it failed half way too, the slot goes back with work queued on it
+            slot.mark_used()
         return state
 
     @torch.inference_mode()

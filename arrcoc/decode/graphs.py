@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from arrcoc.capture import captured
+from arrcoc.errors import first_line
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Captures:
     def fail(self, error: RuntimeError) -> None:
         """Try no more, and tell so once."""
         if not self.failure:
-            self.failure = str(error).strip().partition("\n")[0] or type(error).__name__
+            self.failure = first_line(error)
             _LOG.warning("decoding runs without CUDA graphs: %s", self.failure)
 
 

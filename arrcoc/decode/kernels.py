@@ -212,8 +212,9 @@ def begin(
     D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x fp32 [D] = the token's embedding; cos and sin [HALF] of its rotary angles position * frequency."""
-    at_once(PDL)
-    after_previous(PDL)
+    # What comes after reads the step's scalars before it waits: not before the last step has ended.
+    LATE: tl.constexpr = 1 if PDL > 0 else 0
+    after_previous(LATE)
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
     row = table + tl.load(token) * D

@@ -14,7 +14,7 @@ from arrcoc.engine import Engine
 from arrcoc.errors import BudgetError
 from arrcoc.evaluation.metrics import exact_match
 from arrcoc.evaluation.records import Case, Cases
-from arrcoc.lod import BuiltEngines, LodEngine, TorchLodEngine
+from arrcoc.lod import BuiltEngines, LodEngine, TorchEngines, TorchLodEngine
 from arrcoc.lod.float8_graph import quantized
 from arrcoc.lod.manifest import Accuracy
 from arrcoc.qwen import QwenVL, load
@@ -40,7 +40,9 @@ class EmulatedFloat8(BuiltEngines):
         """Whatever there is."""
         return True
 
-    def engine(self, side: int, buckets: Sequence[int]) -> LodEngine:
+    def engine(
+        self, side: int, buckets: Sequence[int], torch_engines: TorchEngines | None = None
+    ) -> LodEngine:
         """The emulated engine of a side."""
         return TorchLodEngine(self._coarse, side, buckets, self._halo)
 

@@ -62,12 +62,15 @@ class BuiltEngines:
         if self.manifest.halo != halo:
             raise self.manifest.mismatch(self.folder, "halo", self.manifest.halo, halo)
 
-    def engine(self, side: int, buckets: Sequence[int]) -> LodEngine:
+    def engine(
+        self, side: int, buckets: Sequence[int], torch_engines: TorchEngines | None = None
+    ) -> LodEngine:
         """The engine of one of the build's sides.
 
         Args:
             side: tokens along a tile's edge.
             buckets: ascending batch sizes; those above the build's largest batch are left out.
+            torch_engines: what a build with backend `torch` runs on; None makes them as by default.
 
         Raises:
             EngineMismatchError: a file is missing or changed, or the runtime refuses it.
@@ -76,8 +79,7 @@ class BuiltEngines:
         (lod,) = [lod for lod in made.lods if lod.side == side]
         kept = capped(buckets, lod.max_batch)
         if made.backend == "torch":
-            if self._torch is None:
-                self._torch = TorchEngines(qwen)
+            self._torch = torch_engines or self._torch or TorchEngines(qwen)
             return self._torch.engine(side, kept, made.halo)
         runner, runtime = self._runner(lod)
         backend = f"{runtime} {made.precision}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arrcoc.capture import captured
+from arrcoc.errors import first_line
 from arrcoc.lod.attention import Blocks
 from arrcoc.lod.bucketed import BucketedEngine
 from arrcoc.lod.fused_tower import FusedGeometry, FusedTower
@@ -82,7 +83,7 @@ class Workspace:
         return [self._buffer[at : at + size].view(dtype).view(shape) for (shape, dtype), at, size in parts]
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """`run` as a graph; `run` itself, with the reason in `failure`, where CUDA refuses.
+        """`run` as a graph; `run` itself where memory is short or CUDA refuses (`failure` says why).
 
         Call it in a `turn`, after `run` has run once, so that its kernels are compiled and loaded.
         """
@@ -90,8 +91,11 @@ class Workspace:
             return run
         try:
             graph, _ = captured(run, self.device, self._pool)
+        except torch.OutOfMemoryError as error:  # other buckets may be smaller
+            logger.warning("a batch of a LOD engine runs without a CUDA graph: %s", error)
+            return run
         except RuntimeError as error:
-            self.failure = str(error).strip().splitlines()[0]
+            self.failure = first_line(error)
             logger.warning("LOD engines run without CUDA graphs: %s", self.failure)
             return run
         self._first = self._first or graph

@@ -153,13 +153,14 @@ def pin_types(trt: Any, config: Any, network: Any, precision: str) -> int:
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
         inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
         in_fp32 = any(t is not None and t.name in wide for t in inputs)
+        gives_floats = all(t.dtype in floats for t in outputs)
         if layer.type == kinds.CAST:
             wide.update(t.name for t in outputs if t.dtype == trt.float32 and not in_fp32)
-        elif layer.type != kinds.SHAPE and in_fp32:
+        elif layer.type != kinds.SHAPE and in_fp32 and gives_floats:
             wide.update(t.name for t in outputs)
             _pin(layer, trt.float32)
             pinned += 1
-        elif layer.type not in (kinds.SHAPE, kinds.CONSTANT) and all(t.dtype in floats for t in outputs):
+        elif layer.type not in (kinds.SHAPE, kinds.CONSTANT) and gives_floats:
             _pin(layer, floats[1])
     return pinned
 

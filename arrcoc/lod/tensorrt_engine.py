@@ -31,6 +31,7 @@ class Scratch:
         with torch.cuda.device(device):
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self.stream.wait_stream(torch.cuda.current_stream(device))  # where the memory may still be in use
+        self.memory.record_stream(self.stream)
 
 
 class PlanRunner:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from arrcoc import triton_support
-from arrcoc.errors import EngineBuildError
+from arrcoc.errors import EngineBuildError, first_line
 from arrcoc.lod.protocol import LodEngine
 from arrcoc.lod.torch_engine import TorchLodEngine, engine_fingerprint
 from arrcoc.qwen import QwenVL
@@ -76,7 +76,7 @@ class TorchEngines:
                 return made
             except Exception as error:  # whatever a kernel's compiler, its driver or CUDA raises
                 self._shared = None
-                self._do_without(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                self._do_without(f"{type(error).__name__}: {first_line(error)}")
         return TorchLodEngine(self._qwen, side, buckets, halo, self.reason)
 
     def _graphed(
