@@ -120,6 +120,9 @@ class PlanGraphs:
     def _captured(self, shape: Shape) -> PlanGraph | None:
         try:
             return self._make(shape)
+        except torch.OutOfMemoryError as error:  # another time there may be enough
+            _LOG.warning("a plan stage runs without a CUDA graph: %s", first_line(error))
+            return None
         except RuntimeError as error:
             self.failure = first_line(error)
             _LOG.warning("the plan stage runs without CUDA graphs: %s", self.failure)

@@ -166,6 +166,21 @@ def test_a_failed_capture_is_told_once_and_not_tried_again(
     ]
 
 
+def test_a_capture_without_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [torch.OutOfMemoryError("CUDA out of memory"), None]
+
+    def capture(shape: Any, **_: Any) -> Any:
+        if error := left.pop(0):
+            raise error
+        return "graph"
+
+    monkeypatch.setattr(texture_kernel, "usable", lambda pixels: True)
+    monkeypatch.setattr(plan_graph, "PlanGraph", capture)
+    graphs = PlanGraphs(CONFIG, None, CPU)
+    assert [graphs.find(frame_of()) for _ in range(4)] == [None, None, "graph", "graph"]
+    assert not graphs.failure
+
+
 def test_no_graphs_without_the_kernel() -> None:
     graphs = PlanGraphs(CONFIG, None, CPU)
     assert [graphs.find(frame_of()) for _ in range(3)] == [None] * 3
