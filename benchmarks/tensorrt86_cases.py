@@ -71,6 +71,12 @@ def bundled(device: torch.device) -> Case:
     loaded = qwen.load(folder, device, torch.float16)
     stats = (loaded.vision.mean, loaded.vision.std)
     wide = qwen.vision_weights(copy.deepcopy(loaded.model).float(), stats)
+    tower, wide_tower = StaticTower(loaded.vision), StaticTower(wide)
+    return Case("bundled", tower, wide_tower, configs.load("demo"), picture_tiles(device))
+
+
+def picture_tiles(device: torch.device) -> Callable[[int, int], Tensor]:
+    """Cuts up to 64 tiles uint8 [count, 3, edge, edge] out of the demo's picture, given edge and count."""
     with Image.open(ROOT / "docs/demo.png") as picture:
         canvas = torch.from_numpy(np.array(picture.convert("RGB"))).to(device).permute(2, 0, 1)
     height, width = canvas.shape[1:]
@@ -80,7 +86,7 @@ def bundled(device: torch.device) -> Case:
         cut = rows.unfold(2, edge, (width - edge) // 7).permute(1, 2, 0, 3, 4).flatten(0, 1)
         return cut[:count].contiguous()
 
-    return Case("bundled", StaticTower(loaded.vision), StaticTower(wide), configs.load("demo"), tiles)
+    return tiles
 
 
 def unit_scale(tower: nn.Module) -> None:

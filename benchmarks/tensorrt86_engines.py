@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from random_qwen import random_qwen
-from tensorrt86_cases import ROOT, unit_scale
+from tensorrt86_cases import picture_tiles, unit_scale
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -70,7 +68,7 @@ class Case:
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.config, self.qwen = name, configs.load(PRESETS[name]), load(name, device)
         self.largest = recipe(name, Path(name), 0).max_batch
-        self._tiles = _cutter(device) if name == "bundled" else _noise(device)
+        self._tiles = picture_tiles(device) if name == "bundled" else _noise(device)
         self.shapes = list(self._all_shapes())
         torch._dynamo.config.recompile_limit = 64
         self._compiled = torch.compile(StaticTower(self.qwen.vision), dynamic=False)
@@ -154,19 +152,6 @@ def turned(engine: Any, pixels: Tensor) -> Features:
         return features
     finally:
         engine._geometry = shape
-
-
-def _cutter(device: torch.device) -> Callable[[int, int], Tensor]:
-    with Image.open(ROOT / "docs/demo.png") as picture:
-        canvas = torch.from_numpy(np.array(picture.convert("RGB"))).to(device).permute(2, 0, 1)
-    height, width = canvas.shape[1:]
-
-    def tiles(edge: int, count: int) -> Tensor:
-        rows = canvas.unfold(1, edge, (height - edge) // 7)
-        cut = rows.unfold(2, edge, (width - edge) // 7).permute(1, 2, 0, 3, 4).flatten(0, 1)
-        return cut[:count].contiguous()
-
-    return tiles
 
 
 def _noise(device: torch.device) -> Callable[[int, int], Tensor]:
