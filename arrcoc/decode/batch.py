@@ -229,7 +229,7 @@ class BatchDecoder:
     def _step(self, memory: BatchMemory) -> None:
         """Run the newest tokens through the model, and move every row one position on.
 
-        A row that has ended goes on to the end of its capacity, and stays there, unseen.
+        A row that has ended goes on, unseen.
         """
         columns = torch.arange(memory.capacity, device=memory.kv.device)
         mask = (columns[None] <= memory.lengths[:, None])[:, None, None]
